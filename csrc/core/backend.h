@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "tenp/activation_stats.h"
+#include "tenp/direction_change.h"
+#include "tenp/expert_gemm.h"
+#include "tenp/neuron_contribution.h"
+#include "tenp/routing.h"
+
+// What a backend provides. Arguments have passed the checks of core/<op>.cpp.
+
+namespace tenp::cpu {
+
+void route(const RoutingArgs& args);
+void tile_table(const TileTableArgs& args);
+void accumulate_activation_stats(const ActivationStatsArgs& args);
+void accumulate_direction_change(const DirectionChangeArgs& args);
+void accumulate_neuron_contribution(const NeuronContributionArgs& args);
+void expert_gemm(const ExpertGemmArgs& args);
+std::size_t expert_gemm_workspace_bytes(
+    std::int64_t tokens,
+    std::int64_t experts_per_token,
+    std::int64_t hidden_size,
+    std::int64_t num_experts,
+    std::int64_t max_width,
+    DType dtype
+);
+
+}  // namespace tenp::cpu
+
+namespace tenp::cuda {
+
+bool is_available() noexcept;
+std::string unavailable_reason();
+
+void route(const RoutingArgs& args, Stream stream);
+void tile_table(const TileTableArgs& args, Stream stream);
+void accumulate_activation_stats(const ActivationStatsArgs& args, Stream stream);
+void accumulate_direction_change(const DirectionChangeArgs& args, Stream stream);
+void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream stream);
+void expert_gemm(const ExpertGemmArgs& args, Stream stream);
+
+}  // namespace tenp::cuda

@@ -1,0 +1,163 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tenp/expert_gemm.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "core/backend.h"
+#include "core/checks.h"
+#include "core/dispatch.h"
+
+namespace tenp {
+namespace {
+
+constexpr std::string_view kOp = "expert_gemm";
+
+/// What the kernels assume of the two index arrays: every expert's neurons are rows of its own.
+/// Returns the largest width.
+std::int64_t check_widths(const Checks& check, const ExpertGemmArgs& args) {
+    const auto* widths = data<const std::int32_t>(args.widths);
+    const auto* offsets = data<const std::int32_t>(args.neuron_offsets);
+    const std::int64_t experts = args.widths.shape[0];
+    const std::int64_t rows = args.down.shape[0];
+    check.offsets({"neuron_offsets", args.neuron_offsets}, rows);
+    if (offsets[experts] != rows) {
+        check.fail(
+            "neuron_offsets", "offsets that end at the " + std::to_string(rows) + " rows of down",
+            std::to_string(offsets[experts])
+        );
+    }
+    std::int64_t max_width = 0;
+    for (std::int64_t expert = 0; expert < experts; ++expert) {
+        const std::int64_t room = offsets[expert + 1] - offsets[expert];
+        if (widths[expert] < 0 || widths[expert] > room) {
+            check.fail(
+                "widths",
+                "within 0.." + std::to_string(room) + " for expert " + std::to_string(expert),
+                std::to_string(widths[expert])
+            );
+        }
+        max_width = std::max<std::int64_t>(max_width, widths[expert]);
+    }
+    return max_width;
+}
+
+std::int64_t element_count(const TensorView& view) {
+    std::int64_t count = 1;
+    for (std::int32_t axis = 0; axis < view.rank; ++axis) {
+        count *= view.shape[static_cast<std::size_t>(axis)];
+    }
+    return count;
+}
+
+void check_workspace(const Checks& check, const TensorView& workspace, std::size_t needed) {
+    check.rank({"workspace", workspace}, 1);
+    check.array({"workspace", workspace}, workspace.dtype, {workspace.shape[0]});
+    const auto bytes =
+        static_cast<std::size_t>(element_count(workspace)) * dtype_size(workspace.dtype);
+    if (bytes < needed) {
+        check.fail("workspace", std::to_string(needed) + " bytes or more", std::to_string(bytes));
+    }
+}
+
+}  // namespace
+
+void expert_gemm(const ExpertGemmArgs& args, Stream stream) {
+    const Checks check(kOp, args.hidden);
+    const Named hidden{"hidden", args.hidden};
+    const Named expert_ids{"expert_ids", args.expert_ids};
+    const Named gates{"gates", args.gates};
+    const Named gate_up{"gate_up", args.gate_up};
+    const Named down{"down", args.down};
+    const Named widths{"widths", args.widths};
+    const Named neuron_offsets{"neuron_offsets", args.neuron_offsets};
+    const Named gate_up_bias{"gate_up_bias", args.gate_up_bias};
+    const Named down_bias{"down_bias", args.down_bias};
+    const Named out{"out", args.out};
+    const Named workspace{"workspace", args.workspace};
+
+    check.rank(hidden, 2);
+    check.rank(expert_ids, 2);
+    check.rank(down, 2);
+    check.rank(widths, 1);
+    const std::int64_t tokens = args.hidden.shape[0];
+    const std::int64_t hidden_size = args.hidden.shape[1];
+    const std::int64_t per_token = args.expert_ids.shape[1];
+    const std::int64_t experts = args.widths.shape[0];
+    const std::int64_t rows = args.down.shape[0];
+    const std::int64_t gate_up_rows = args.gated ? 2 * rows : rows;
+    const DType dtype = args.hidden.dtype;
+    check.is_float(hidden);
+    check.array(hidden, dtype, {tokens, hidden_size}, Layout::kRows);
+    check.array(expert_ids, DType::kInt32, {tokens, per_token});
+    check.rows("expert_ids", tokens, per_token);
+    check.array(gates, DType::kFloat32, {tokens, per_token});
+    check.array(gate_up, dtype, {gate_up_rows, hidden_size});
+    check.array(down, dtype, {rows, hidden_size});
+    check.array(widths, DType::kInt32, {experts});
+    check.array(neuron_offsets, DType::kInt32, {experts + 1});
+    if (args.gate_up_bias.data != nullptr) {
+        check.array(gate_up_bias, dtype, {gate_up_rows});
+    }
+    if (args.down_bias.data != nullptr) {
+        check.array(down_bias, dtype, {experts, hidden_size});
+    }
+    check.array(out, dtype, {tokens, hidden_size}, Layout::kRows);
+    if (args.activation == Activation::kSwigluOai) {
+        if (!args.gated) {
+            check.fail("gated", "true for swiglu_oai", "false");
+        }
+        if (!(args.limit > 0)) {
+            check.fail("limit", "positive for swiglu_oai", std::to_string(args.limit));
+        }
+        if (!std::isfinite(args.alpha)) {
+            check.fail("alpha", "finite for swiglu_oai", std::to_string(args.alpha));
+        }
+    }
+    const bool on_cpu = check.device() == Device::kCpu;
+    const std::int64_t max_width = on_cpu ? check_widths(check, args) : 0;
+    check_workspace(
+        check, args.workspace,
+        expert_gemm_workspace_bytes(tokens, per_token, hidden_size, experts, max_width, dtype)
+    );
+    check.apart(
+        {out, workspace},
+        {hidden, expert_ids, gates, gate_up, down, widths, neuron_offsets, gate_up_bias, down_bias}
+    );
+
+    if (on_cpu) {
+        cpu::expert_gemm(args);
+    } else {
+        cuda::expert_gemm(args, stream);
+    }
+}
+
+std::size_t expert_gemm_workspace_bytes(
+    std::int64_t tokens,
+    std::int64_t experts_per_token,
+    std::int64_t hidden_size,
+    std::int64_t num_experts,
+    std::int64_t max_width,
+    DType dtype
+) {
+    const TensorView like{.dtype = dtype};
+    const Checks check("expert_gemm_workspace_bytes", like);
+    const auto size = [&](std::string_view argument, std::int64_t value) {
+        if (value < 0 || value > INT32_MAX) {
+            check.fail(argument, "within 0.." + std::to_string(INT32_MAX), std::to_string(value));
+        }
+    };
+    size("tokens", tokens);
+    size("experts_per_token", experts_per_token);
+    size("hidden_size", hidden_size);
+    size("num_experts", num_experts);
+    size("max_width", max_width);
+    check.rows("tokens * experts_per_token", tokens, experts_per_token);
+    check.is_float({"dtype", like});
+    return cpu::expert_gemm_workspace_bytes(
+        tokens, experts_per_token, hidden_size, num_experts, max_width, dtype
+    );
+}
+
+}  // namespace tenp

@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <string>
+
+#include "tenp/export.h"
+
+// What this build can use on this machine.
+
+namespace tenp {
+
+/// True when the build has the CUDA backend and the driver shows a device.
+TENP_API bool cuda_is_available() noexcept;
+
+/// Why cuda_is_available() is false, as one sentence; empty when it is true.
+TENP_API std::string cuda_unavailable_reason();
+
+/// Instruction set of the CPU kernels: "portable", "avx2" or "avx512". It is the best one that the
+/// machine has, unless the environment variable TENP_ISA names one.
+///
+/// Throws InvalidArgument when TENP_ISA is none of the three names, Unsupported when the machine
+/// or the build lacks the one it names.
+TENP_API const char* cpu_isa();
+
+}  // namespace tenp
