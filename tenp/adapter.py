@@ -1,0 +1,336 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tenp knows of transformers: the one module to read when a new version breaks something.
+
+About 65 model families keep their routed experts in one kind of module: fused 3-D parameters, a
+call `(hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k])`, and flags that describe the
+layout. This module finds these modules, shows their weights in one orientation whatever the flags
+say, takes their place during calibration, and tells which checkpoint tensor feeds which of them.
+Written for transformers 5.8.1 and later; no model family is named here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from tenp.errors import CheckpointError, TenpError, Unsupported
+
+_CALIBRATION = "tenp_calibration"
+
+#: Config attributes that set the width of the routed experts in some family.
+_WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+
+ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of one decoder layer, with weights in one orientation for all families.
+
+    Attributes:
+        layer: Decoder layer index.
+        name: Path of the module in the model.
+        module: The module of the model's own class.
+    """
+
+    layer: int
+    name: str
+    module: nn.Module
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether a neuron has a gate row beside its up row."""
+        return bool(getattr(self.module, "has_gate", True))
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the projections have biases."""
+        return bool(getattr(self.module, "has_bias", False))
+
+    @property
+    def down(self) -> Tensor:
+        """`[E, H, I]`, a view of the down projections."""
+        return self._oriented(self.module.down_proj)
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.down.shape[0]
+
+    @property
+    def width(self) -> int:
+        """I, the full width."""
+        return self.down.shape[2]
+
+    @property
+    def neuron_parameters(self) -> int:
+        """Parameters of one neuron: its rows, its column and its biases."""
+        rows = 2 if self.has_gate else 1
+        return rows * (self._up.shape[-1] + self.has_bias) + self.down.shape[1]
+
+    def gate_and_up(self) -> tuple[Tensor | None, Tensor]:
+        """Return views `[E, I, H]` of the gate projections (None without a gate) and the up projections."""
+        return self._split(self._up, dim=1)
+
+    def biases(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the biases of gate `[E, I]`, up `[E, I]` and down `[E, H]`, None where there are none."""
+        if not self.has_bias:
+            return None, None, None
+        joined = self.module.gate_up_proj_bias if self.has_gate else self.module.up_proj_bias
+        return *self._split(joined, dim=1), self.module.down_proj_bias
+
+    def activations(self, expert: int, hidden: Tensor) -> Tensor:
+        """Return m `[n, I]` of one expert for hidden states `[n, H]`, in the model's own arithmetic."""
+        bias = None
+        if self.has_bias:
+            bias = (self.module.gate_up_proj_bias if self.has_gate else self.module.up_proj_bias)[
+                expert
+            ]
+        projected = F.linear(hidden, self._up[expert], bias)
+        return (
+            self.module._apply_gate(projected) if self.has_gate else self.module.act_fn(projected)
+        )
+
+    def apply_gate(self, gate: Tensor | None, up: Tensor) -> Tensor:
+        """Return m `[n, W]` for projections `[n, W]` of any width, by the family's own gate."""
+        if gate is None:
+            return self.module.act_fn(up)
+        if self._is_concatenated:
+            return self.module._apply_gate(torch.cat([gate, up], dim=-1))
+        return self.module._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+
+    @property
+    def _is_concatenated(self) -> bool:
+        return bool(getattr(self.module, "is_concatenated", True))
+
+    @property
+    def _up(self) -> Tensor:
+        """`[E, 2I, H]` with a gate, in the family's order of rows, else `[E, I, H]`."""
+        return self._oriented(self.module.gate_up_proj if self.has_gate else self.module.up_proj)
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        return weight.transpose(1, 2) if getattr(self.module, "is_transposed", False) else weight
+
+    def _split(self, joined: Tensor, dim: int) -> tuple[Tensor | None, Tensor]:
+        if not self.has_gate:
+            return None, joined
+        if self._is_concatenated:
+            gate, up = joined.chunk(2, dim=dim)
+        else:
+            gate, up = joined.unflatten(dim, (-1, 2)).unbind(dim + 1)
+        return gate, up
+
+
+def find_experts(model: nn.Module) -> list[Experts]:
+    """Return the routed experts of a model, shallow to deep.
+
+    Raises:
+        Unsupported: It has none of the kind that tenp knows; the message says what was looked for.
+    """
+    found = [
+        Experts(_layer_index(name), name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "_apply_gate")
+        and hasattr(module, "is_transposed")
+        and isinstance(getattr(module, "down_proj", None), nn.Parameter)
+    ]
+    kind = type(model).__name__
+    if not found:
+        raise Unsupported(
+            f"{kind} must have routed experts to prune, got a dense model or an unknown kind of experts: looked for "
+            "modules with a 3-D down_proj and transformers' @use_experts_implementation"
+        )
+    for experts in found:
+        if getattr(experts.module, "has_post_expert_norm", False):
+            raise Unsupported(
+                f"{kind}: {experts.name} normalises each expert's output, which pruning would change"
+            )
+    return sorted(found, key=lambda experts: experts.layer)
+
+
+def _layer_index(name: str) -> int:
+    """The first number in a path like `model.layers.3.mlp.experts`."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+@contextmanager
+def experts_replaced(model: PreTrainedModel, function: ExpertsFunction) -> Iterator[None]:
+    """Let `function(module, hidden, top_k_index, top_k_weights)` stand in for all routed experts."""
+    before = model.get_experts_implementation()
+    ALL_EXPERTS_FUNCTIONS.register(_CALIBRATION, function)
+    model.set_experts_implementation(_CALIBRATION)
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
+
+
+def load_config(directory: Path) -> PreTrainedConfig:
+    """Read `config.json`.
+
+    Raises:
+        Unsupported: This version of transformers does not know the architecture.
+        CheckpointError: The file cannot be read.
+    """
+    try:
+        return AutoConfig.from_pretrained(directory)
+    except (ValueError, KeyError) as error:
+        raise Unsupported(f"{directory}: {_first_line(error)}") from error
+    except OSError as error:
+        raise CheckpointError(f"{directory}: {_first_line(error)}") from error
+
+
+def load_model(
+    directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
+) -> PreTrainedModel:
+    """Load a causal language model for inference.
+
+    Args:
+        directory: A local checkpoint.
+        dtype: `auto` is the checkpoint's own.
+        device: A torch device, or `auto` to spread the model over what there is.
+
+    Raises:
+        Unsupported: The architecture is not known or is no causal language model.
+        CheckpointError: The weights do not fit the config.
+    """
+    config = load_config(directory)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            directory, config=config, dtype=dtype, device_map=device, output_loading_info=True
+        )
+    except TenpError:
+        raise
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{directory} cannot be loaded: {_first_line(error)}") from error
+    except ValueError as error:
+        raise Unsupported(f"{directory}: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{directory} must hold {missing[0]}, but {len(missing)} weights are missing"
+        )
+    return model.eval().requires_grad_(False)
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model of a config with weights on the meta device: shapes and names, no memory."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise Unsupported(f"{config.model_type}: {_first_line(error)}") from error
+
+
+@dataclass(frozen=True)
+class ExpertTensor:
+    """What a checkpoint tensor is to the routed experts.
+
+    Attributes:
+        experts: Path of the experts module.
+        layer: Decoder layer index.
+        expert: The expert, or None for a tensor that holds all experts of the layer.
+        part: `gate`, `up` or `down` of one expert; the parameter's own name in a tensor of all.
+    """
+
+    experts: str
+    layer: int
+    expert: int | None
+    part: str
+
+
+def expert_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, ExpertTensor]:
+    """Tell which checkpoint tensors hold routed experts, by transformers' own weight conversions.
+
+    Args:
+        model: The model, on any device.
+        names: All tensor names of its checkpoint.
+
+    Raises:
+        CheckpointError: An expert's tensor is missing or named in no known way.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    parameters = model.state_dict()
+    layers = {experts.name: experts for experts in find_experts(model)}
+    found: dict[str, ExpertTensor] = {}
+    for name in names:
+        target, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, parameters
+        )
+        module, _, parameter = target.rpartition(".")
+        if module not in layers:
+            continue
+        layer = layers[module].layer
+        if pattern is None:
+            found[name] = ExpertTensor(module, layer, None, parameter)
+            continue
+        number = re.search(r"experts\.(\d+)\.", name)
+        if number is None:
+            raise CheckpointError(f"{name} must name an expert by number, as {pattern} does")
+        found[name] = ExpertTensor(
+            module, layer, int(number[1]), _part(parameter, pattern, converters)
+        )
+    return found
+
+
+def _part(parameter: str, pattern: str, converters: Iterable[WeightConverter]) -> str:
+    """Gate comes before up in every converter that concatenates the two."""
+    if parameter == "gate_up_proj":
+        sources = next(c.source_patterns for c in converters if pattern in c.source_patterns)
+        return ("gate", "up")[sources.index(pattern)]
+    return parameter.removesuffix("_proj")
+
+
+def config_of_width(config: PreTrainedConfig, width: int) -> dict[str, Any] | None:
+    """Return the config fields that give all routed experts one width, and nothing else another shape.
+
+    Every candidate field is tried on an empty model: in DeepSeek's families, for example, the field
+    of the routed experts also sets the shared expert, so there is no such config.
+
+    Args:
+        config: The unpruned model's.
+        width: The new width.
+
+    Returns:
+        Fields to change in the (text) config, or None when the family has no such field.
+    """
+    others = _other_shapes(empty_model(config))
+    for field in _WIDTH_FIELDS:
+        changed = type(config).from_dict(config.to_dict())
+        if not isinstance(getattr(changed.get_text_config(), field, None), int):
+            continue
+        setattr(changed.get_text_config(), field, width)
+        model = empty_model(changed)
+        if (
+            all(experts.width == width for experts in find_experts(model))
+            and _other_shapes(model) == others
+        ):
+            return {field: width}
+    return None
+
+
+def _other_shapes(model: PreTrainedModel) -> Mapping[str, torch.Size]:
+    """Shapes of all weights but those of the routed experts."""
+    routed = tuple(f"{experts.name}." for experts in find_experts(model))
+    return {
+        name: tensor.shape
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(routed)
+    }
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hugging Face checkpoint directory on disk: its config, its shards, its tensors one at a time.
+
+Headers are read once and checked against the files; tensors are read when asked for, so that a
+checkpoint larger than memory is no special case. What the tensors mean is in `tenp.adapter`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor
+
+from tenp.errors import CheckpointError
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor as its shard's header describes it."""
+
+    shard: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes."""
+        return self.elements * self.dtype.itemsize
+
+
+class Checkpoint:
+    """A local checkpoint in safetensors format, sharded or not.
+
+    Attributes:
+        directory: Where it lies.
+        config: `config.json` as it is.
+        tensors: Name to entry, in the order of shards and then of names.
+
+    Args:
+        directory: A directory with `config.json` and safetensors files.
+
+    Raises:
+        CheckpointError: A file is missing, truncated, or is not what the index says.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise CheckpointError(f"{directory} must be a checkpoint directory, but there is none")
+        self.config: dict[str, Any] = _read_json(self.directory / "config.json")
+        self.tensors: dict[str, TensorEntry] = {}
+        for shard, expected in self._shards().items():
+            entries = _read_header(self.directory / shard)
+            if missing := expected - entries.keys():
+                raise CheckpointError(
+                    f"{self.directory / shard} must hold {min(missing)}, as {INDEX_FILE} says, but does not"
+                )
+            for name, (dtype, shape) in sorted(entries.items()):
+                self.tensors[name] = TensorEntry(shard, dtype, shape)
+
+    @classmethod
+    def resolve(cls, model: str | Path) -> Checkpoint:
+        """Open a local directory, or download a model of the Hugging Face Hub by its name.
+
+        Raises:
+            CheckpointError: It is neither, or the checkpoint is damaged.
+        """
+        if Path(model).exists():
+            return cls(model)
+        try:
+            return cls(
+                snapshot_download(
+                    str(model),
+                    allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+                )
+            )
+        except HFValidationError:
+            raise CheckpointError(
+                f"{model} must be a checkpoint directory or a model name, but there is none"
+            ) from None
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise CheckpointError(
+                f"{model} is no local directory and cannot be downloaded: {error}"
+            ) from error
+
+    def _shards(self) -> dict[str, set[str]]:
+        """Return the shards in order, each with the tensors that the index expects in it."""
+        index = self.directory / INDEX_FILE
+        if not index.exists():
+            if not (self.directory / SINGLE_FILE).exists():
+                raise CheckpointError(
+                    f"{self.directory} must hold {SINGLE_FILE} or {INDEX_FILE}, but has neither; "
+                    "convert other formats to safetensors first"
+                )
+            return {SINGLE_FILE: set()}
+        shards: dict[str, set[str]] = {}
+        for name, shard in _read_json(index).get("weight_map", {}).items():
+            shards.setdefault(shard, set()).add(name)
+        return dict(sorted(shards.items()))
+
+    def shards(self) -> list[str]:
+        """Return the file names of the shards, in order."""
+        return list(dict.fromkeys(entry.shard for entry in self.tensors.values()))
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield tensors one by one; each shard is opened once while its names follow each other."""
+        opened: str | None = None
+        file: Any = None
+        for name in names:
+            entry = self.tensors[name]
+            if entry.shard != opened:
+                opened, file = entry.shard, safe_open(self.directory / entry.shard, "pt")
+            yield name, file.get_tensor(name)
+
+    @property
+    def parameters(self) -> int:
+        """Stored parameters."""
+        return sum(entry.elements for entry in self.tensors.values())
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of all tensors."""
+        return sum(entry.bytes for entry in self.tensors.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the config, all headers, and 16 samples of 64 KiB from each shard.
+
+        Reads about 1 MiB a shard instead of the whole checkpoint; a fine-tuned twin has the same
+        headers but differs in every sample.
+        """
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for shard in self.shards():
+            path = self.directory / shard
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                header = _header_bytes(file)
+                digest.update(shard.encode() + b"\0" + struct.pack("<Q", size) + header)
+                begin = 8 + len(header)
+                for sample in range(16):
+                    file.seek(begin + (size - begin) * sample // 16)
+                    digest.update(file.read(1 << 16))
+        return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes one safetensors file tensor by tensor, so that memory holds one tensor at a time.
+
+    The header comes first in the format, so shapes and dtypes are stated up front and the tensors
+    then follow in that order.
+
+    Args:
+        path: The new file.
+        entries: Name, dtype and shape of every tensor, in the order they will be written.
+    """
+
+    def __init__(
+        self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    ) -> None:
+        self._expected = iter(entries.items())
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in entries.items():
+            begin, end = end, end + TensorEntry("", dtype, shape).bytes
+            header[name] = {
+                "dtype": _DTYPE_NAMES[dtype],
+                "shape": list(shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the format aligns the data to 8 bytes
+        self._file = path.open("wb")
+        self._file.write(struct.pack("<Q", len(text)) + text)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append the next tensor."""
+        expected, (dtype, shape) = next(self._expected)
+        assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, shape)
+        # A view as bytes, because numpy has no bfloat16.
+        self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        """Finish the file."""
+        assert next(self._expected, None) is None
+        self._file.close()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} must exist in a checkpoint, but is missing") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} must be JSON, but cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must be a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _header_bytes(file: BinaryIO) -> bytes:
+    length = file.read(8)
+    return file.read(struct.unpack("<Q", length)[0]) if len(length) == 8 else b""
+
+
+def _read_header(path: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = file.read(8)
+            if len(length) < 8 or struct.unpack("<Q", length)[0] > size - 8:
+                raise CheckpointError(
+                    f"{path} must be a whole safetensors file, got a truncated or damaged header"
+                )
+            file.seek(0)
+            raw = _header_bytes(file)
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if 8 + len(raw) + end != size:
+            raise CheckpointError(
+                f"{path} must have {8 + len(raw) + end} bytes, as its header says, got {size}: the file is truncated"
+            )
+        return {
+            name: (DTYPES[entry["dtype"]], tuple(entry["shape"])) for name, entry in header.items()
+        }
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} must exist, as {INDEX_FILE} says, but is missing") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} must be a safetensors file, but its header cannot be read: {error}"
+        ) from error

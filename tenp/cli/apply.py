@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tenp apply`: a checkpoint and a plan to a pruned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tenp import pipeline
+from tenp.checkpoint import Checkpoint
+from tenp.cli import display, options
+from tenp.plan import Plan
+
+
+def command(
+    model: options.Model,
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A file of `tenp plan`.")],
+    out: options.Out,
+    verify: options.Verify = True,
+    json: options.Json = False,
+) -> None:
+    """Write the pruned checkpoint, tensor by tensor."""
+    decided = Plan.load(plan)
+    pipeline.apply(Checkpoint.resolve(model), decided, out, verify)
+    display.show_plan(decided, json)

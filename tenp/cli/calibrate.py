@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tenp calibrate`: text to statistics."""
+
+from __future__ import annotations
+
+from tenp import pipeline
+from tenp.checkpoint import Checkpoint
+from tenp.cli import display, options
+from tenp.files import require_absent
+
+
+def command(
+    model: options.Model,
+    calibration: options.Calibration,
+    out: options.Out,
+    samples: options.Samples = 128,
+    max_length: options.MaxLength = None,
+    batch_tokens: options.BatchTokens = 4096,
+    seed: options.Seed = 0,
+    dtype: options.DType = "auto",
+    device: options.Device = "cpu",
+    self_generate: options.SelfGenerate = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run the dense model over text once and keep the sums that every plan is made from."""
+    require_absent(out)
+    run = pipeline.Run(
+        samples or None, max_length, batch_tokens, seed, dtype, device, self_generate
+    )
+    with display.progress(quiet) as report:
+        statistics = pipeline.calibrate(Checkpoint.resolve(model), calibration, run, report)
+    statistics.save(out)
+    display.warn_of_coverage(statistics)
+    display.show_statistics(statistics, json)

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands show: tables and progress for people, JSON for programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tenp.evaluation import DomainEvaluation
+from tenp.pipeline import Reporter
+from tenp.plan import Plan
+from tenp.planning import MINIMUM_COVERAGE, under_covered_experts
+from tenp.statistics import Statistics
+
+_BAR = 32
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Reporter | None]:
+    """Yield a reporter that draws one progress bar per stage on stderr."""
+    if quiet:
+        yield None
+        return
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+    )
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as bars:
+
+        def report(stage: str, total: int) -> Callable[[str, int], None]:
+            task = bars.add_task(stage, total=total)
+            return lambda domain, tokens: bars.update(
+                task, advance=tokens, description=f"{stage} {domain}"
+            )
+
+        yield report
+
+
+def print_json(content: Any) -> None:
+    """Print JSON on stdout."""
+    print(json.dumps(content, indent=2))
+
+
+def plan_summary(plan: Plan) -> dict[str, Any]:
+    """Return the figures of a plan."""
+    return {
+        "settings": plan.settings,
+        "static_share": plan.static_share(),
+        "activated_share": plan.activated_share,
+        "parameters": {"before": plan.source.parameters, "after": plan.parameters()},
+        "bytes": {"before": plan.source.bytes, "after": plan.bytes()},
+        "widths": {str(layer): widths for layer, widths in plan.widths().items()},
+    }
+
+
+def print_plan(plan: Plan) -> None:
+    """Draw the trapezoid: for every layer the whole experts, and how much is kept."""
+    table = Table(title="kept neurons per layer", box=None, title_justify="left", pad_edge=False)
+    for heading in ("layer", "whole", "narrow", "width", "kept"):
+        table.add_column(heading, justify="right")
+    table.add_column("█ whole experts  ▒ kept neurons of narrow ones", justify="left")
+    for layer, widths in plan.widths().items():
+        full = plan.keep[layer].shape[1]
+        narrow = [width for width in widths if width < full]
+        whole = len(widths) - len(narrow)
+        spread = (
+            "-"
+            if not narrow
+            else f"{min(narrow)}"
+            if min(narrow) == max(narrow)
+            else f"{min(narrow)}-{max(narrow)}"
+        )
+        solid = round(_BAR * whole / len(widths))
+        shaded = round(_BAR * sum(widths) / (full * len(widths))) - solid
+        bar = "█" * solid + "▒" * shaded + "·" * (_BAR - solid - shaded)
+        kept = sum(widths) / (full * len(widths))
+        table.add_row(
+            str(layer), str(whole), str(len(narrow)), f"{spread} of {full}", f"{kept:.1%}", bar
+        )
+    console = Console()
+    console.print(table)
+    source = plan.source
+    console.print(
+        f"routed parameters kept {plan.static_share():.2%}, activated {plan.activated_share:.2%}\n"
+        f"parameters {source.parameters:,} → {plan.parameters():,}, "
+        f"{source.bytes / 2**20:,.1f} → {plan.bytes() / 2**20:,.1f} MiB",
+        highlight=False,
+    )
+
+
+def warn_of_coverage(statistics: Statistics) -> None:
+    """Say on stderr which experts saw too little text."""
+    experts = under_covered_experts(statistics)
+    if experts:
+        where = ", ".join(f"{layer}/{expert}" for layer, expert in experts[:8]) + (
+            ", …" if len(experts) > 8 else ""
+        )
+        Console(stderr=True).print(
+            f"[yellow]warning:[/] {len(experts)} experts saw fewer than {MINIMUM_COVERAGE} calibration tokens "
+            f"(layer/expert {where}); their neurons are chosen on little evidence, see --under-covered",
+            highlight=False,
+        )
+
+
+def evaluation_rows(evaluations: Sequence[DomainEvaluation]) -> list[dict[str, Any]]:
+    """Return evaluations as JSON objects."""
+    return [dataclasses.asdict(evaluation) for evaluation in evaluations]
+
+
+def print_evaluations(
+    after: Sequence[DomainEvaluation], before: Sequence[DomainEvaluation] = ()
+) -> None:
+    """Show one row a domain and their mean; with `before`, the dense model beside."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("domain", "tokens", *(["perplexity before"] if before else []), "perplexity"):
+        table.add_column(heading, justify="left" if heading == "domain" else "right")
+    has_reference = all(evaluation.divergence is not None for evaluation in after)
+    if has_reference:
+        table.add_column("KL from dense, nats", justify="right")
+        table.add_column("same top token", justify="right")
+
+    def row(name: str, tokens: int, values: Sequence[float]) -> None:
+        cells = [f"{value:.3f}" for value in values[: 2 if before else 1]]
+        if has_reference:
+            cells += [f"{values[-2]:.4f}", f"{values[-1]:.1%}"]
+        table.add_row(name, f"{tokens:,}", *cells)
+
+    lines: list[list[float]] = []
+    for position, evaluation in enumerate(after):
+        line = [before[position].perplexity] if before else []
+        line.append(evaluation.perplexity)
+        if evaluation.divergence is not None and evaluation.agreement is not None:
+            line += [evaluation.divergence, evaluation.agreement]
+        lines.append(line)
+        row(evaluation.domain, evaluation.tokens, line)
+    if len(lines) > 1:
+        row(
+            "mean",
+            sum(e.tokens for e in after),
+            [sum(column) / len(lines) for column in zip(*lines, strict=True)],
+        )
+    Console().print(table)
+
+
+def show_plan(plan: Plan, as_json: bool) -> None:
+    """Print a plan for people or programs."""
+    if as_json:
+        print_json(plan_summary(plan))
+    else:
+        print_plan(plan)
+
+
+def show_statistics(statistics: Statistics, as_json: bool) -> None:
+    """Print what statistics were taken of, and how well the experts are covered."""
+    coverage = {layer: tensors["counts"].sum(dim=0) for layer, tensors in statistics.layers.items()}
+    if as_json:
+        print_json(
+            {
+                "source": dataclasses.asdict(statistics.source),
+                "settings": statistics.settings,
+                "domains": [dataclasses.asdict(domain) for domain in statistics.domains],
+                "tokens_per_expert": {
+                    str(layer): counts.tolist() for layer, counts in coverage.items()
+                },
+            }
+        )
+        return
+    console = Console()
+    domains = Table("domain", "samples", "tokens", box=None, pad_edge=False)
+    for domain in statistics.domains:
+        domains.add_row(domain.name, f"{domain.samples:,}", f"{domain.tokens:,}")
+    console.print(domains)
+    layers = Table("layer", "experts", "fewest tokens", "median", "most", box=None, pad_edge=False)
+    for layer, counts in coverage.items():
+        figures = (f"{int(value):,}" for value in (counts.min(), counts.median(), counts.max()))
+        layers.add_row(str(layer), str(len(counts)), *figures)
+    console.print(layers)

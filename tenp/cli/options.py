@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that several commands share, each described once."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from tenp.errors import InvalidArgument
+
+
+class ManyValues(TyperCommand):
+    """A command whose repeatable options also take several values at once: `--calibration a b c`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Spell `--option a b` as `--option a --option b` and go on as usual."""
+        repeatable = {
+            name
+            for option in self.params
+            if getattr(option, "multiple", False)
+            for name in option.opts
+        }
+        spread: list[str] = []
+        current: str | None = None
+        for arg in args:
+            if arg.startswith("-"):
+                current = arg if arg in repeatable else None
+                if current is None:
+                    spread.append(arg)
+            elif current is not None:
+                spread += [current, arg]
+            else:
+                spread.append(arg)
+        return super().parse_args(ctx, spread)
+
+
+class MethodName(str, Enum):
+    """The values of --method."""
+
+    tenp = "tenp"
+    enp = "enp"
+
+
+class UnderCoveredName(str, Enum):
+    """The values of --under-covered."""
+
+    warn = "warn"
+    keep = "keep"
+    fail = "fail"
+
+
+class NeuronCriterionName(str, Enum):
+    """The values of --neurons."""
+
+    projection = "projection"
+    l2 = "l2"
+
+
+def parse_weights(pairs: list[str]) -> dict[str, float]:
+    """Read `NAME=NUMBER` pairs.
+
+    Raises:
+        InvalidArgument: A pair is not one.
+    """
+    weights = {}
+    for pair in pairs:
+        name, separator, number = pair.rpartition("=")
+        try:
+            weights[name] = float(number)
+        except ValueError:
+            separator = ""
+        if not separator:
+            raise InvalidArgument(f"--domain-weight must be NAME=NUMBER, got {pair}")
+    return weights
+
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a model name on the Hub.")
+]
+Calibration = Annotated[
+    list[str],
+    typer.Option(
+        metavar="FILE...",
+        help="Calibration text, one domain a file: .jsonl with text, prompt/response or messages, or plain text; "
+        "also .gz, NAME=FILE, hf:DATASET[:CONFIG][:SPLIT].",
+    ),
+]
+Out = Annotated[Path, typer.Option(help="Where to write; must not exist.")]
+Keep = Annotated[float, typer.Option(help="Share of the routed experts' parameters to keep, 0..1.")]
+Method = Annotated[
+    MethodName,
+    typer.Option(help="tenp: important experts whole, the others narrow. enp: all equally narrow."),
+]
+Alpha = Annotated[
+    float | None, typer.Option(help="Share of experts kept whole.", show_default="keep / 2")
+]
+Shallow = Annotated[float, typer.Option(help="Weight of the first MoE layer in the trapezoid.")]
+Deep = Annotated[float, typer.Option(help="Weight of the last MoE layer in the trapezoid.")]
+WidthMultiple = Annotated[
+    int | None,
+    typer.Option(help="Widths are multiples of this.", show_default="64, less for narrow experts"),
+]
+Neurons = Annotated[NeuronCriterionName, typer.Option(help="How neurons are scored.")]
+DomainWeight = Annotated[
+    list[str], typer.Option(metavar="NAME=NUMBER", help="Weight of a domain, 1 if not given.")
+]
+UnderCovered = Annotated[
+    UnderCoveredName,
+    typer.Option(help="What to do with experts that saw fewer than 32 calibration tokens."),
+]
+Samples = Annotated[
+    int, typer.Option(help="Samples per domain, chosen at random; 0 takes all.", min=0)
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens per sample.", show_default="the model's maximum, 2048 at most"),
+]
+BatchTokens = Annotated[int, typer.Option(help="Token positions per forward pass.", min=1)]
+Seed = Annotated[int, typer.Option(help="For every random choice.")]
+DType = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the checkpoint's."
+    ),
+]
+Device = Annotated[str, typer.Option(help="A torch device, or auto to spread the model.")]
+SelfGenerate = Annotated[
+    int,
+    typer.Option(
+        help="Let the model answer every prompt with so many tokens first.", min=0, metavar="N"
+    ),
+]
+Verify = Annotated[
+    bool, typer.Option(help="Reload what was written and compare it with the masked dense model.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan and its forecast, write nothing.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]

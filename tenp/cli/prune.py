@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tenp prune`: the whole job."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tenp import pipeline
+from tenp.cli import display, options
+from tenp.planning import Budget
+
+
+def command(
+    model: options.Model,
+    calibration: options.Calibration,
+    keep: options.Keep,
+    out: Annotated[
+        options.Path | None, typer.Option(help="Where to write; must not exist.")
+    ] = None,
+    method: options.Method = options.MethodName.tenp,
+    alpha: options.Alpha = None,
+    shallow: options.Shallow = 1.0,
+    deep: options.Deep = 2.0,
+    width_multiple: options.WidthMultiple = None,
+    neurons: options.Neurons = options.NeuronCriterionName.projection,
+    domain_weight: options.DomainWeight = [],  # noqa: B006 - typer copies it
+    under_covered: options.UnderCovered = options.UnderCoveredName.warn,
+    evaluate: Annotated[
+        list[str],
+        typer.Option(metavar="FILE...", help="Text to measure the model on, before and after."),
+    ] = [],  # noqa: B006 - typer copies it
+    samples: options.Samples = 128,
+    max_length: options.MaxLength = None,
+    batch_tokens: options.BatchTokens = 4096,
+    seed: options.Seed = 0,
+    dtype: options.DType = "auto",
+    device: options.Device = "cpu",
+    self_generate: options.SelfGenerate = 0,
+    verify: options.Verify = True,
+    dry_run: options.DryRun = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Prune a checkpoint: calibrate, plan, write, verify, measure."""
+    budget = Budget(keep, method.value, alpha, shallow, deep, width_multiple)
+    run = pipeline.Run(
+        samples or None, max_length, batch_tokens, seed, dtype, device, self_generate
+    )
+    if out is None and not dry_run:
+        raise typer.BadParameter("--out is needed unless --dry-run is given")
+    with display.progress(quiet) as report:
+        pruned = pipeline.prune(
+            model,
+            calibration,
+            None if dry_run else out,
+            budget,
+            run,
+            evaluate_on=evaluate,
+            report=report,
+            verify=verify,
+            neuron_criterion=neurons.value,
+            domain_weights=options.parse_weights(domain_weight),
+            under_covered=under_covered.value,
+        )
+    display.warn_of_coverage(pruned.statistics)
+    if json:
+        display.print_json(
+            {
+                "plan": display.plan_summary(pruned.plan),
+                "before": display.evaluation_rows(pruned.before),
+                "after": display.evaluation_rows(pruned.after),
+            }
+        )
+        return
+    display.print_plan(pruned.plan)
+    if pruned.after:
+        display.print_evaluations(pruned.after, pruned.before)
+    if not dry_run:
+        print(f"written to {out}")

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pruning cost: perplexity, divergence from the dense model, and whether a file is what was planned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from tenp.adapter import find_experts
+from tenp.plan import Plan
+from tenp.samples import Samples
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass(frozen=True)
+class DomainEvaluation:
+    """The figures of one domain; every figure is a mean over its predicted tokens.
+
+    Attributes:
+        domain: Its name.
+        tokens: Predicted tokens: all but the first of every sample.
+        perplexity: exp of the mean negative log-likelihood in nats.
+        divergence: KL(reference || model) of the next-token distributions in nats, or None.
+        agreement: Share of tokens where both models' likeliest next token is the same, or None.
+    """
+
+    domain: str
+    tokens: int
+    perplexity: float
+    divergence: float | None = None
+    agreement: float | None = None
+
+
+@torch.no_grad()
+def evaluate(
+    model: PreTrainedModel,
+    samples: Sequence[Samples],
+    reference: PreTrainedModel | None = None,
+    batch_tokens: int = 2048,
+    progress: Progress | None = None,
+) -> list[DomainEvaluation]:
+    """Measure a model on text, and how far it is from a reference.
+
+    Args:
+        model: The model to measure.
+        samples: One entry per domain.
+        reference: The dense model, for divergence and agreement.
+        batch_tokens: Token positions per forward pass.
+        progress: Called with (domain, tokens) after every batch.
+
+    Returns:
+        One evaluation per domain, in order.
+    """
+    return [
+        _evaluate_domain(model, domain, reference, batch_tokens, progress) for domain in samples
+    ]
+
+
+def _evaluate_domain(
+    model: PreTrainedModel,
+    samples: Samples,
+    reference: PreTrainedModel | None,
+    batch_tokens: int,
+    progress: Progress | None,
+) -> DomainEvaluation:
+    tokens, loss, divergence, agreed = 0, 0.0, 0.0, 0
+    for ids, mask in samples.batches(batch_tokens, model.device):
+        predicted = mask[:, 1:].bool()
+        targets = ids[:, 1:][predicted]
+        log_probabilities = _log_probabilities(model, ids, mask)[predicted]
+        tokens += len(targets)
+        loss -= log_probabilities.gather(1, targets[:, None]).double().sum().item()
+        if reference is not None:
+            ours = log_probabilities
+            theirs = _log_probabilities(
+                reference, ids.to(reference.device), mask.to(reference.device)
+            )
+            theirs = theirs[predicted.to(reference.device)].to(ours.device)
+            divergence += (
+                F.kl_div(ours, theirs, log_target=True, reduction="none").double().sum().item()
+            )
+            agreed += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
+        if progress is not None:
+            progress(samples.domain, int(mask.sum()))
+    return DomainEvaluation(
+        samples.domain,
+        tokens,
+        math.exp(loss / tokens) if tokens else math.nan,
+        divergence / tokens if reference is not None and tokens else None,
+        agreed / tokens if reference is not None and tokens else None,
+    )
+
+
+def _log_probabilities(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """`[B, n - 1, V]` float32: the distribution of every token but the first."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return F.log_softmax(logits[:, :-1].float(), dim=-1)
+
+
+def mask_neurons(model: PreTrainedModel, plan: Plan) -> None:
+    """Zero the down projections of pruned neurons, in place: the dense twin of the pruned model."""
+    for experts in find_experts(model):
+        experts.down.mul_(plan.keep[experts.layer].unsqueeze(1).to(experts.down.device))
+
+
+@torch.no_grad()
+def logit_difference(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -> float:
+    """Return the largest difference of two models' logits, as a share of the largest logit.
+
+    Args:
+        model: The model to check.
+        reference: What it should equal.
+        ids: `[B, n]` int64 token ids.
+    """
+    ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    theirs = reference(input_ids=ids.to(reference.device), use_cache=False).logits.float().cpu()
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files and directories that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tenp.errors import CheckpointError
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that a reader never sees half of it.
+
+    Raises:
+        CheckpointError: The file cannot be written, for example because the disk is full.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def require_absent(directory: Path) -> None:
+    """Refuse an output directory that exists, before any work is done for it.
+
+    Raises:
+        CheckpointError: Something is at `directory` already.
+    """
+    if directory.exists():
+        raise CheckpointError(
+            f"{directory} must not exist yet, got an existing path; remove it or choose another"
+        )
+
+
+@contextmanager
+def new_directory(directory: Path, required_bytes: int) -> Iterator[Path]:
+    """Yield a temporary sibling that becomes `directory` when the block ends well.
+
+    Args:
+        directory: Must not exist.
+        required_bytes: What will be written, checked against the free space first.
+
+    Raises:
+        CheckpointError: `directory` exists, the disk has not the room, or it fills up on the way.
+            Nothing is left behind.
+    """
+    require_absent(directory)
+    partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
+    try:
+        partial.mkdir(parents=True)
+        free = shutil.disk_usage(partial).free
+        if free < required_bytes:
+            raise CheckpointError(
+                f"{directory} needs {required_bytes / 2**20:.1f} MiB, but its disk has {free / 2**20:.1f} MiB free"
+            )
+        yield partial
+        partial.rename(directory)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{directory} cannot be written: {error.strerror or error}"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

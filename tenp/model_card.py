@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README.md of a pruned checkpoint."""
+
+from __future__ import annotations
+
+from tenp.checkpoint import Checkpoint
+from tenp.plan import Plan
+
+_LOAD_WITH_TENP = """\
+```python
+import tenp  # registers the loader; without it loading fails
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/model")
+```"""
+
+_LOAD_STOCK = """\
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/model")
+```
+
+All experts have one width, so any runtime that knows the architecture loads it."""
+
+
+def model_card(checkpoint: Checkpoint, plan: Plan, needs_tenp: bool) -> str:
+    """Return the model card of what `plan` makes of `checkpoint`, as Markdown with front matter."""
+    name = checkpoint.config.get("_name_or_path") or checkpoint.directory.resolve().name
+    settings = plan.settings
+    rows = "\n".join(
+        f"| {layer} | {min(widths)} | {sorted(widths)[len(widths) // 2]} | {max(widths)} | "
+        f"{sum(widths) / plan.keep[layer].numel():.1%} |"
+        for layer, widths in plan.widths().items()
+    )
+    before, after = plan.source, plan
+    return f"""\
+---
+base_model: {name}
+base_model_relation: quantized
+library_name: transformers
+pipeline_tag: text-generation
+tags: [tenp, pruned, moe, compressed]
+---
+
+# {name}, routed experts pruned to {plan.static_share():.1%}
+
+Every expert stays and the router is untouched; {settings["method"].upper()} narrowed the experts to the
+neurons that carry their output (TENP, Findings of ACL 2026, arXiv 2606.09885).
+
+| | before | after |
+|---|---|---|
+| parameters | {before.parameters:,} | {after.parameters():,} |
+| bytes | {before.bytes:,} | {after.bytes():,} |
+| routed parameters kept | 100 % | {plan.static_share():.2%} |
+| activated routed parameters kept | 100 % | {plan.activated_share:.2%} |
+
+## Use
+
+{_LOAD_WITH_TENP if needs_tenp else _LOAD_STOCK}
+
+## How it was made
+
+Settings: `{settings}`. The plan is in `tenp_plan.json`, made from statistics `{plan.statistics[:16]}…`
+of checkpoint `{plan.source.fingerprint[:16]}…`.
+
+| layer | narrowest | median | widest | kept |
+|---|---|---|---|---|
+{rows}
+"""

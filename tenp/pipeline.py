@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrate, score, plan, prune, run: the five stages, each from one file to the next.
+
+Every stage is a function here, and `prune` is all of them in a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tenp import adapter, calibration, evaluation, planning, pruning, scoring
+from tenp.checkpoint import Checkpoint
+from tenp.errors import CheckpointError, InvalidArgument
+from tenp.evaluation import DomainEvaluation
+from tenp.files import require_absent
+from tenp.plan import Plan
+from tenp.planning import Budget, UnderCovered
+from tenp.samples import Samples, generate_answers, tokenize
+from tenp.statistics import Statistics
+from tenp.text import TextDomain, read_domains
+
+#: Called with (stage, total tokens) when a stage starts and returns what to call per batch.
+Reporter = Callable[[str, int], Callable[[str, int], None]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How text is read and the model is run.
+
+    Attributes:
+        samples: Samples per domain, chosen at random; None takes all. The paper uses 128.
+        max_length: Tokens per sample at most; None is the model's own maximum, but 2048 at most.
+        batch_tokens: Token positions per forward pass.
+        seed: For every random choice.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU and
+            float32 on a CPU, where most machines have no fast 16-bit arithmetic.
+        device: A torch device, or `auto` to spread the model over what there is.
+        self_generate: Tokens that the model answers to every prompt first; 0 takes text as it is.
+    """
+
+    samples: int | None = 128
+    max_length: int | None = None
+    batch_tokens: int = 4096
+    seed: int = 0
+    dtype: str = "auto"
+    device: str = "cpu"
+    self_generate: int = 0
+
+    def torch_dtype(self) -> torch.dtype | str:
+        """Return the dtype to load a model in."""
+        if self.dtype == "auto":
+            return torch.float32 if self.device == "cpu" else "auto"
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise InvalidArgument(
+                f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype}"
+            )
+        return getattr(torch, self.dtype)
+
+
+def calibrate(
+    checkpoint: Checkpoint, sources: Sequence[str | Path], run: Run, report: Reporter | None = None
+) -> Statistics:
+    """Run the dense model over calibration text and return its statistics."""
+    source = pruning.source_of(checkpoint)
+    domains = read_domains(sources)
+    model = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
+    samples = _samples(checkpoint, model, domains, run, answered=run.self_generate)
+    settings = {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_length": _max_length(model, run),
+        "batch_tokens": run.batch_tokens,
+        "samples": run.samples,
+        "seed": run.seed,
+        "self_generate": run.self_generate,
+    }
+    progress = report("calibrate", sum(domain.tokens() for domain in samples)) if report else None
+    return calibration.collect(model, samples, source, settings, run.batch_tokens, progress)
+
+
+def plan(
+    statistics: Statistics,
+    budget: Budget,
+    neuron_criterion: str = "projection",
+    domain_weights: Mapping[str, float] | None = None,
+    under_covered: UnderCovered = "warn",
+) -> Plan:
+    """Score the statistics and decide what is kept."""
+    scores = scoring.score(
+        statistics, neuron_criterion=neuron_criterion, domain_weights=domain_weights
+    )
+    return planning.plan(scores, statistics, budget, under_covered)
+
+
+def apply(checkpoint: Checkpoint, decided: Plan, out: str | Path, verify: bool = True) -> None:
+    """Write the pruned checkpoint; with `verify`, reload it and compare it with the masked dense model."""
+    check = functools.partial(_check_equivalence, checkpoint, decided) if verify else None
+    pruning.apply(checkpoint, decided, Path(out), check)
+
+
+def evaluate(
+    model: str | Path,
+    sources: Sequence[str | Path],
+    run: Run,
+    reference: str | Path | None = None,
+    report: Reporter | None = None,
+) -> list[DomainEvaluation]:
+    """Measure a checkpoint on text, and its distance from a reference."""
+    checkpoint = Checkpoint.resolve(model)
+    domains = read_domains(sources)
+    measured = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
+    samples = _samples(checkpoint, measured, domains, dataclasses.replace(run, samples=None))
+    other = None
+    if reference is not None:
+        other = adapter.load_model(
+            Checkpoint.resolve(reference).directory, run.torch_dtype(), run.device
+        )
+    progress = report("evaluate", sum(domain.tokens() for domain in samples)) if report else None
+    return evaluation.evaluate(measured, samples, other, run.batch_tokens, progress)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What `prune` made.
+
+    Attributes:
+        plan: What was kept.
+        statistics: What it was decided on.
+        before: The dense model on the evaluation text.
+        after: The pruned one.
+    """
+
+    plan: Plan
+    statistics: Statistics
+    before: list[DomainEvaluation] = field(default_factory=list)
+    after: list[DomainEvaluation] = field(default_factory=list)
+
+
+def prune(
+    model: str | Path,
+    sources: Sequence[str | Path],
+    out: str | Path | None,
+    budget: Budget,
+    run: Run | None = None,
+    evaluate_on: Sequence[str | Path] = (),
+    report: Reporter | None = None,
+    verify: bool = True,
+    **plan_options: Any,
+) -> Pruned:
+    """Do the whole job: calibrate, plan, write, verify, and measure what it cost.
+
+    Args:
+        model: A checkpoint directory, or a model name on the Hub.
+        sources: Calibration text, one domain each.
+        out: The new directory, or None to plan only.
+        budget: What is kept.
+        run: How the model is run.
+        evaluate_on: Text to measure on before and after, one domain each.
+        report: Told of progress.
+        verify: Reload what was written and compare it with the masked dense model.
+        plan_options: Further arguments of `plan`.
+
+    Raises:
+        TenpError: Something does not fit; nothing is left in `out`.
+    """
+    run = run or Run()
+    planning.check_budget(budget)
+    if out is not None:
+        require_absent(Path(out))
+    checkpoint = Checkpoint.resolve(model)
+    statistics = calibrate(checkpoint, sources, run, report)
+    decided = plan(statistics, budget, **plan_options)
+    if out is None:
+        return Pruned(decided, statistics)
+    apply(checkpoint, decided, out, verify)
+    if not evaluate_on:
+        return Pruned(decided, statistics)
+    before = evaluate(model, evaluate_on, run, report=report)
+    after = evaluate(out, evaluate_on, run, reference=model, report=report)
+    return Pruned(decided, statistics, before, after)
+
+
+#: float32 sums in another order differ by about 1e-6 of the largest logit in models of some layers.
+_EQUIVALENCE_BOUND = 1e-5
+
+
+def _check_equivalence(checkpoint: Checkpoint, decided: Plan, written: Path) -> None:
+    """Compare a written checkpoint with the dense model whose pruned neurons are silenced."""
+    dense = adapter.load_model(checkpoint.directory, torch.float32)
+    evaluation.mask_neurons(dense, decided)
+    pruned = adapter.load_model(written, torch.float32)
+    vocabulary = dense.get_input_embeddings().num_embeddings
+    ids = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
+    difference = evaluation.logit_difference(pruned, dense, ids)
+    if not difference <= _EQUIVALENCE_BOUND:
+        raise CheckpointError(
+            f"the written checkpoint must compute what the masked dense model does to {_EQUIVALENCE_BOUND}, "
+            f"got a difference of {difference:.2e} of the largest logit; nothing was kept"
+        )
+
+
+def _samples(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    domains: Sequence[TextDomain],
+    run: Run,
+    answered: int = 0,
+) -> list[Samples]:
+    tokenizer, length = _tokenizer(checkpoint), _max_length(model, run)
+    if answered:
+        return [
+            generate_answers(d, model, tokenizer, length, answered, run.samples, run.seed)
+            for d in domains
+        ]
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return [tokenize(d, tokenizer, length, run.samples, run.seed, vocabulary) for d in domains]
+
+
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.directory)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint.directory} must hold a tokenizer, but it cannot be loaded: {error}"
+        ) from error
+
+
+def _max_length(model: PreTrainedModel, run: Run) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    if run.max_length is not None and not 1 <= run.max_length <= limit:
+        raise InvalidArgument(
+            f"max_length must be between 1 and the model's {limit}, got {run.max_length}"
+        )
+    return run.max_length or min(limit, 2048)

@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores and a budget to a plan: how many experts stay whole, how wide the others are, what they keep.
+
+Widths are counted in neurons, which all cost the same, so shares of neurons are shares of routed
+parameters. Shares are exact fractions: 0.3 means 3/10, not the nearest binary number.
+Equations: docs/method.md, section "Budget and trapezoid".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from math import floor
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tenp.errors import PlanError
+from tenp.plan import Plan
+from tenp.scores import Scores
+from tenp.statistics import Statistics
+
+Method = Literal["tenp", "enp"]
+UnderCovered = Literal["warn", "keep", "fail"]
+
+#: Below this many calibration tokens the scores of an expert's neurons are mostly noise.
+MINIMUM_COVERAGE = 32
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is kept, and in which shape.
+
+    Attributes:
+        keep: Kept share rho of the routed experts' parameters, 0 < keep <= 1. The paper's "40 %
+            sparsity" is 0.6.
+        method: `tenp` keeps the important experts whole and narrows the others; `enp` narrows all
+            experts to one width, which gives an ordinary smaller checkpoint.
+        alpha: Share of the experts kept whole; None is keep / 2. `enp` has 0.
+        shallow: Weight of the first MoE layer in the trapezoid.
+        deep: Weight of the last one. Equal weights give a rectangle.
+        width_multiple: Widths are multiples of this; None picks it from the full width.
+    """
+
+    keep: float
+    method: Method = "tenp"
+    alpha: float | None = None
+    shallow: float = 1.0
+    deep: float = 2.0
+    width_multiple: int | None = None
+
+
+def plan(
+    scores: Scores, statistics: Statistics, budget: Budget, under_covered: UnderCovered = "warn"
+) -> Plan:
+    """Decide what every expert keeps.
+
+    Args:
+        scores: From `tenp.scoring.score` on the same statistics.
+        statistics: Give the tokens per expert, for the activated share and for coverage.
+        budget: What is kept.
+        under_covered: What becomes of experts that saw fewer than `MINIMUM_COVERAGE` tokens:
+            `warn` treats them like the others, `keep` keeps them whole, `fail` refuses.
+
+    Returns:
+        A plan whose kept share is never above `budget.keep` and less than one width multiple per
+        narrow expert below it.
+
+    Raises:
+        PlanError: The budget cannot be met; the message says what would fit.
+    """
+    keep, alpha = check_budget(budget)
+    counts = {layer: tensors["counts"].sum(dim=0) for layer, tensors in statistics.layers.items()}
+    whole = _whole_experts(scores.experts, budget, alpha)
+    for layer, expert in under_covered_experts(statistics) if under_covered != "warn" else []:
+        if under_covered == "fail":
+            raise PlanError(
+                f"every expert must see {MINIMUM_COVERAGE} calibration tokens, got {int(counts[layer][expert])} "
+                f"for layer {layer} expert {expert}; calibrate on more text"
+            )
+        whole[layer][expert] = True
+    full_widths = {layer: neurons.shape[1] for layer, neurons in scores.neurons.items()}
+    multiples = {
+        layer: budget.width_multiple or automatic_width_multiple(width)
+        for layer, width in full_widths.items()
+    }
+    widths = allocate_widths(
+        scores.experts, whole, full_widths, multiples, keep, spread=budget.method == "tenp"
+    )
+    masks = {layer: keep_highest(scores.neurons[layer], widths[layer]) for layer in widths}
+    settings = {**asdict(budget), "alpha": float(alpha), "under_covered": under_covered}
+    return Plan(
+        source=statistics.source,
+        statistics=statistics.digest(),
+        settings=settings,
+        keep=masks,
+        activated_share=_activated_share(masks, counts),
+    )
+
+
+def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
+    """Return the exact kept share and alpha.
+
+    Raises:
+        PlanError: A value is out of range or they cannot be met together.
+    """
+    keep = _fraction("keep", budget.keep)
+    if not 0 < keep <= 1:
+        raise PlanError(f"keep must be above 0 and at most 1, got {budget.keep}")
+    if budget.method not in ("tenp", "enp"):
+        raise PlanError(f"method must be tenp or enp, got {budget.method}")
+    if budget.method == "enp":
+        if budget.alpha:
+            raise PlanError(f"alpha must be 0 with method enp, got {budget.alpha}; use method tenp")
+        return keep, Fraction(0)
+    alpha = keep / 2 if budget.alpha is None else _fraction("alpha", budget.alpha)
+    if not 0 <= alpha <= 1:
+        raise PlanError(f"alpha must be between 0 and 1, got {budget.alpha}")
+    if alpha > keep:
+        raise PlanError(
+            f"alpha must be at most keep, got alpha {budget.alpha} with keep {budget.keep}: whole experts alone "
+            f"would exceed the budget; {budget.keep} or less would fit"
+        )
+    if budget.shallow < 0 or budget.deep < 0 or budget.shallow + budget.deep == 0:
+        raise PlanError(
+            f"shallow and deep must be 0 or more and not both 0, got {budget.shallow} and {budget.deep}"
+        )
+    if budget.width_multiple is not None and budget.width_multiple < 1:
+        raise PlanError(f"width_multiple must be 1 or more, got {budget.width_multiple}")
+    return keep, alpha
+
+
+def trapezoid(
+    experts: Sequence[int], alpha: Fraction, shallow: float = 1.0, deep: float = 2.0
+) -> list[int]:
+    """Share out the whole experts over the layers, more of them in deeper ones.
+
+    Layer l at depth z = l / (L - 1) has weight N_l (shallow + (deep - shallow) z); round(alpha sum N)
+    whole experts are shared out in proportion by largest remainder, at most N_l each, the overflow
+    handed on. Ties go to the lower layer. The paper gives no schedule; this one is ours.
+
+    Args:
+        experts: Experts N_l of every MoE layer, shallow to deep.
+        alpha: Share of all experts that stay whole, 0..1.
+        shallow: Weight of the first layer.
+        deep: Weight of the last layer.
+
+    Returns:
+        Whole experts of every layer.
+    """
+    last = max(len(experts) - 1, 1)
+    low, high = Fraction(str(shallow)), Fraction(str(deep))
+    weights = [
+        count * (low + (high - low) * Fraction(index, last)) for index, count in enumerate(experts)
+    ]
+    shares = [0] * len(experts)
+    remaining = floor(alpha * sum(experts) + Fraction(1, 2))
+    # Each round either shares out everything or fills at least one layer, so it ends.
+    while remaining:
+        open_layers = [index for index in range(len(experts)) if shares[index] < experts[index]]
+        total = sum(weights[index] for index in open_layers)
+        # Layers of weight 0 get something only when the others are full.
+        quota = {
+            index: remaining * (weights[index] / total if total else Fraction(1, len(open_layers)))
+            for index in open_layers
+        }
+        given = {index: floor(quota[index]) for index in open_layers}
+        by_remainder = sorted(open_layers, key=lambda index: (given[index] - quota[index], index))
+        for index in by_remainder[: remaining - sum(given.values())]:
+            given[index] += 1
+        for index, count in given.items():
+            taken = min(count, experts[index] - shares[index])
+            shares[index] += taken
+            remaining -= taken
+    return shares
+
+
+def automatic_width_multiple(full_width: int) -> int:
+    """Return 64 from 512 neurons on, else the largest power of two not above a sixteenth.
+
+    64 is the neuron tile of the kernels, so wider experts lose nothing to padding; narrow ones
+    need a finer step to come near the budget.
+    """
+    return 64 if full_width >= 512 else 1 << max(full_width // 16, 1).bit_length() - 1
+
+
+def allocate_widths(
+    expert_scores: Mapping[int, Tensor],
+    whole: Mapping[int, Tensor],
+    full_widths: Mapping[int, int],
+    multiples: Mapping[int, int],
+    keep: Fraction,
+    spread: bool,
+) -> dict[int, list[int]]:
+    """Return the width of every expert under the budget.
+
+    Narrow experts get beta = (keep P_all - P_whole) / P_narrow of their neurons, rounded down to the
+    multiple; with `spread` the blocks left over go to the narrow experts in order of score.
+
+    Args:
+        expert_scores: Layer to `[E]`, which narrow expert comes first for a block left over.
+        whole: Layer to `[E]`, bool, the experts that keep their full width.
+        full_widths: Layer to the full width.
+        multiples: Layer to the width multiple.
+        keep: Share of all neurons that may be kept.
+        spread: Hand out the blocks left over; False keeps all narrow experts of a layer equal.
+
+    Raises:
+        PlanError: The whole experts alone exceed the budget.
+    """
+    total = sum(full_widths[layer] * len(flags) for layer, flags in whole.items())
+    in_whole = sum(full_widths[layer] * int(flags.sum()) for layer, flags in whole.items())
+    budget = floor(keep * total)
+    if in_whole > budget:
+        experts = sum(len(flags) for flags in whole.values())
+        raise PlanError(
+            f"the whole experts must fit the budget of {budget} neurons, got {in_whole}; "
+            f"alpha {floor(keep * experts) / experts:.4g} or less would fit, or fewer experts kept for coverage"
+        )
+    narrow = total - in_whole
+    beta = Fraction(keep * total - in_whole, narrow) if narrow else Fraction(1)
+    widths: dict[int, list[int]] = {}
+    for layer, flags in whole.items():
+        full, multiple = full_widths[layer], multiples[layer]
+        width = full if beta == 1 else floor(beta * full / multiple) * multiple
+        widths[layer] = [full if is_whole else width for is_whole in flags.tolist()]
+    if spread:
+        remaining = budget - sum(sum(layer) for layer in widths.values())
+        by_score = sorted(
+            (
+                (layer, expert)
+                for layer, flags in whole.items()
+                for expert in torch.nonzero(~flags).flatten().tolist()
+            ),
+            key=lambda at: (-float(expert_scores[at[0]][at[1]]), at),
+        )
+        for layer, expert in by_score:
+            block = min(multiples[layer], full_widths[layer] - widths[layer][expert])
+            if block <= remaining:
+                widths[layer][expert] += block
+                remaining -= block
+    return widths
+
+
+def keep_highest(scores: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return `[E, I]` bool: each expert's highest scores, as many as its width; ties to the lower index.
+
+    Args:
+        scores: `[E, I]`.
+        widths: `E` widths, 0..I.
+    """
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(scores.shape[1]).expand_as(order)
+    )
+    return rank < torch.tensor(widths).unsqueeze(1)
+
+
+def under_covered_experts(statistics: Statistics) -> list[tuple[int, int]]:
+    """Return (layer, expert) of every expert that saw fewer than `MINIMUM_COVERAGE` tokens."""
+    return [
+        (layer, expert)
+        for layer, tensors in statistics.layers.items()
+        for expert in torch.nonzero(tensors["counts"].sum(dim=0) < MINIMUM_COVERAGE)
+        .flatten()
+        .tolist()
+    ]
+
+
+def _whole_experts(
+    expert_scores: Mapping[int, Tensor], budget: Budget, alpha: Fraction
+) -> dict[int, Tensor]:
+    counts = [len(scores) for scores in expert_scores.values()]
+    shares = trapezoid(counts, alpha, budget.shallow, budget.deep)
+    return {
+        layer: keep_highest(scores.unsqueeze(0), [share]).squeeze(0)
+        for (layer, scores), share in zip(expert_scores.items(), shares, strict=True)
+    }
+
+
+def _activated_share(keep: Mapping[int, Tensor], counts: Mapping[int, Tensor]) -> float:
+    """A = sum over tokens and their experts of the kept neurons, over the same sum of all neurons."""
+    kept = sum(int((mask.sum(dim=1) * counts[layer]).sum()) for layer, mask in keep.items())
+    full = sum(int(mask.shape[1] * counts[layer].sum()) for layer, mask in keep.items())
+    return kept / full if full else 1.0
+
+
+def _fraction(name: str, value: float) -> Fraction:
+    try:
+        return Fraction(str(value))
+    except ValueError:
+        raise PlanError(f"{name} must be a number, got {value}") from None

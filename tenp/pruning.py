@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries a plan out on a checkpoint, tensor by tensor; the whole model is never in memory.
+
+The result is an ordinary Hugging Face directory. Experts of different widths are written under the
+model's own per-expert names with `quantization_config.quant_method = "tenp"`; when all widths are
+equal and the family has a config field for them, the result needs no tenp to load.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenp import adapter
+from tenp.adapter import Experts, ExpertTensor
+from tenp.checkpoint import INDEX_FILE, Checkpoint, ShardWriter, TensorEntry
+from tenp.errors import CheckpointError, InvalidArgument, PlanError
+from tenp.files import new_directory
+from tenp.model_card import model_card
+from tenp.plan import Plan
+from tenp.source import Source
+
+PLAN_FILE = "tenp_plan.json"
+
+#: Shape and dtype per tensor name.
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def source_of(checkpoint: Checkpoint) -> Source:
+    """Describe a checkpoint as statistics and plans refer to it.
+
+    Raises:
+        Unsupported: It has no routed experts that tenp knows.
+        CheckpointError: It is pruned already, or the expert tensors are not complete.
+    """
+    if checkpoint.config.get("quantization_config", {}).get("quant_method") == "tenp":
+        raise CheckpointError(
+            f"{checkpoint.directory} is pruned already; prune the model it was made from"
+        )
+    model = adapter.empty_model(adapter.load_config(checkpoint.directory))
+    experts = adapter.find_experts(model)
+    tensors = _expert_tensors(checkpoint, model)
+    parameters = experts[0].neuron_parameters
+    routed = next(iter(tensors))
+    return Source(
+        fingerprint=checkpoint.fingerprint,
+        architecture=type(model).__name__,
+        parameters=checkpoint.parameters,
+        bytes=checkpoint.bytes,
+        neuron_parameters=parameters,
+        neuron_bytes=parameters * checkpoint.tensors[routed].dtype.itemsize,
+    )
+
+
+def apply(
+    checkpoint: Checkpoint, plan: Plan, out: Path, verify: Callable[[Path], None] | None = None
+) -> None:
+    """Write the pruned checkpoint.
+
+    Args:
+        checkpoint: The dense model.
+        plan: What is kept; must be for this checkpoint.
+        out: The new directory. It appears when everything is written and never before.
+        verify: Called with the finished directory before it appears; what it raises stops that.
+
+    Raises:
+        PlanError: The plan is for another checkpoint or does not fit it.
+        CheckpointError: The checkpoint is damaged, `out` exists, or the disk is full.
+    """
+    plan.validate(source_of(checkpoint))
+    config = adapter.load_config(checkpoint.directory)
+    model = adapter.empty_model(config)
+    experts = {layer.name: layer for layer in adapter.find_experts(model)}
+    tensors = _expert_tensors(checkpoint, model)
+    _check_fit(plan, list(experts.values()))
+    uniform = plan.uniform_width()
+    fields = adapter.config_of_width(config, uniform) if uniform else None
+    if fields is not None:
+        new_config = _with_fields(checkpoint.config, fields)
+    else:
+        widths = {
+            str(layer): ",".join(map(str, layer_widths))
+            for layer, layer_widths in plan.widths().items()
+        }
+        new_config = {
+            **checkpoint.config,
+            "quantization_config": {"quant_method": "tenp", "version": 1, "widths": widths},
+        }
+
+    def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        if name not in tensors:
+            yield name, tensor
+            return
+        part = tensors[name]
+        keep = plan.keep[part.layer]
+        if part.expert is not None:
+            yield name, _narrow(tensor, part.part, keep[part.expert])
+        elif fields is not None:
+            yield name, _narrow_fused(tensor, part.part, keep, experts[part.experts])
+        else:
+            yield from _split_fused(tensor, part, keep, experts[part.experts])
+
+    rewrite(
+        checkpoint,
+        out,
+        new_config,
+        pieces,
+        extra_files={
+            PLAN_FILE: plan._to_bytes(),
+            "README.md": model_card(checkpoint, plan, needs_tenp=fields is None).encode(),
+        },
+        verify=verify,
+    )
+
+
+def rewrite(
+    checkpoint: Checkpoint,
+    out: Path,
+    config: Mapping[str, Any],
+    pieces: Any,
+    extra_files: Mapping[str, bytes],
+    verify: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a checkpoint whose tensors are functions of another's, shard by shard.
+
+    Args:
+        checkpoint: The source.
+        out: The new directory.
+        config: Its `config.json`.
+        pieces: `pieces(name, tensor)` yields the (name, tensor) pairs that a source tensor becomes.
+            It is called twice: with empty tensors on the meta device for the layout, then with data.
+        extra_files: More files by name. All other files of the source that are no weights are copied.
+        verify: As in `apply`.
+    """
+    layouts: dict[str, Layout] = {shard: {} for shard in checkpoint.shards()}
+    for name, entry in checkpoint.tensors.items():
+        for new_name, piece in pieces(
+            name, torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        ):
+            layouts[entry.shard][new_name] = (piece.dtype, tuple(piece.shape))
+    entries = {
+        name: TensorEntry(shard, *what)
+        for shard, layout in layouts.items()
+        for name, what in layout.items()
+    }
+    total = sum(entry.bytes for entry in entries.values())
+    with new_directory(out, required_bytes=total + (1 << 20)) as partial:
+        for shard, layout in layouts.items():
+            writer = ShardWriter(partial / shard, layout)
+            names = [name for name, entry in checkpoint.tensors.items() if entry.shard == shard]
+            for name, tensor in checkpoint.read(names):
+                for new_name, piece in pieces(name, tensor):
+                    writer.write(new_name, piece)
+            writer.close()
+        if len(layouts) > 1:
+            metadata = {
+                "total_parameters": sum(entry.elements for entry in entries.values()),
+                "total_size": total,
+            }
+            weight_map = {name: entry.shard for name, entry in sorted(entries.items())}
+            _write_json(partial / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
+        for path in sorted(checkpoint.directory.iterdir()):
+            if path.is_file() and not path.name.endswith(
+                (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
+            ):
+                shutil.copyfile(path, partial / path.name)
+        _write_json(partial / "config.json", config)
+        for file_name, content in extra_files.items():
+            (partial / file_name).write_bytes(content)
+        if verify is not None:
+            verify(partial)
+
+
+def export_padded(checkpoint: Checkpoint, out: Path) -> None:
+    """Write a stock checkpoint from a pruned one: every expert padded with zeros to the full width.
+
+    It computes the same as the pruned model and saves nothing; it is for runtimes that know one
+    width only.
+
+    Raises:
+        InvalidArgument: The checkpoint is not one of experts of different widths.
+    """
+    settings = checkpoint.config.get("quantization_config", {})
+    if settings.get("quant_method") != "tenp":
+        raise InvalidArgument(
+            f"export: {checkpoint.directory} must be a checkpoint pruned to different widths, got a stock one"
+        )
+    config = {
+        name: value for name, value in checkpoint.config.items() if name != "quantization_config"
+    }
+    dense = adapter.load_config(checkpoint.directory)
+    del dense.quantization_config
+    model = adapter.empty_model(dense)
+    experts = {layer.name: layer for layer in adapter.find_experts(model)}
+    tensors = adapter.expert_tensors(model, checkpoint.tensors)
+    if unreadable := [part for part in tensors.values() if part.expert is None]:
+        raise InvalidArgument(
+            f"export: {unreadable[0].experts} must be stored expert by expert, got one tensor"
+        )
+
+    def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        part = tensors.get(name)
+        if part is None:
+            yield name, tensor
+            return
+        axis = tensor.ndim - 1 if part.part == "down" else 0
+        shape = list(tensor.shape)
+        shape[axis] = experts[part.experts].width - shape[axis]
+        yield name, torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+
+    card = (
+        (checkpoint.directory / "README.md").read_bytes()
+        if (checkpoint.directory / "README.md").exists()
+        else b""
+    )
+    rewrite(checkpoint, out, config, pieces, extra_files={"README.md": card})
+
+
+def _narrow(tensor: Tensor, part: str, keep: Tensor) -> Tensor:
+    """Keep the rows of a gate or up projection `[I, H]`, the columns of a down projection `[H, I]`."""
+    return _select(tensor, keep, axis=1 if part == "down" else 0)
+
+
+def _select(tensor: Tensor, keep: Tensor, axis: int) -> Tensor:
+    index = torch.nonzero(keep).flatten().to(tensor.device)
+    return tensor.index_select(axis, index)
+
+
+def _split_fused(
+    tensor: Tensor, part: ExpertTensor, keep: Tensor, experts: Experts
+) -> Iterator[tuple[str, Tensor]]:
+    """One tensor of all experts to one per expert and projection, in the layout of per-expert families."""
+    for projection, stacked in _projections(tensor, part.part, experts):
+        is_bias = part.part.endswith("_bias")
+        for expert, matrix in enumerate(stacked):
+            name = f"{part.experts}.{expert}.{projection}_proj.{'bias' if is_bias else 'weight'}"
+            yield (
+                name,
+                matrix
+                if projection == "down" and is_bias
+                else _narrow(matrix, projection, keep[expert]),
+            )
+
+
+def _narrow_fused(tensor: Tensor, parameter: str, keep: Tensor, experts: Experts) -> Tensor:
+    """One tensor of all experts, each narrowed to the same number of neurons, in its own layout."""
+    if parameter == "down_proj_bias":
+        return tensor
+    if not parameter.startswith("down") and experts.has_gate:
+        keep = (
+            torch.cat([keep, keep], dim=1)
+            if experts._is_concatenated
+            else keep.repeat_interleave(2, dim=1)
+        )
+    axis = _neuron_axis(parameter, experts)
+    return torch.stack(
+        [_select(matrix, mask, axis) for matrix, mask in zip(tensor, keep, strict=True)]
+    )
+
+
+def _neuron_axis(parameter: str, experts: Experts) -> int:
+    """The axis of one expert's matrix that counts neurons: rows of up, columns of down, or transposed."""
+    if parameter.endswith("_bias"):
+        return 0
+    is_transposed = bool(getattr(experts.module, "is_transposed", False))
+    return int(parameter.startswith("down") != is_transposed)
+
+
+def _projections(tensor: Tensor, parameter: str, experts: Experts) -> Iterator[tuple[str, Tensor]]:
+    """Views of a fused tensor, one per projection, oriented as `[E, I, H]` (down: `[E, H, I]`)."""
+    oriented = tensor if parameter.endswith("_bias") else experts._oriented(tensor)
+    if parameter.startswith("down"):
+        yield "down", oriented
+        return
+    gate, up = experts._split(oriented, dim=1)
+    if gate is not None:
+        yield "gate", gate
+    yield "up", up
+
+
+def _expert_tensors(checkpoint: Checkpoint, model: Any) -> dict[str, ExpertTensor]:
+    tensors = adapter.expert_tensors(model, checkpoint.tensors)
+    for experts in adapter.find_experts(model):
+        parts = {(t.expert, t.part) for t in tensors.values() if t.experts == experts.name}
+        per_expert = {part for expert, part in parts if expert is not None}
+        wanted = {(expert, part) for expert in range(experts.num_experts) for part in per_expert}
+        if not parts or (per_expert and parts != wanted):
+            missing = sorted(wanted - parts)[:1] or experts.name
+            raise CheckpointError(
+                f"{checkpoint.directory} must hold every expert of layer {experts.layer}, but {missing} is missing"
+            )
+    return tensors
+
+
+def _check_fit(plan: Plan, experts: list[Experts]) -> None:
+    have = {layer.layer: (layer.num_experts, layer.width) for layer in experts}
+    planned = {layer: tuple(keep.shape) for layer, keep in plan.keep.items()}
+    if have != planned:
+        raise PlanError(f"the plan must have the experts and widths {have}, got {planned}")
+
+
+def _with_fields(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Change fields where the config has them: at the top, or in the text part of a larger model."""
+    nested = {
+        key: _with_fields(value, fields)
+        for key, value in config.items()
+        if key.endswith("text_config")
+    }
+    return {**config, **nested, **{key: value for key, value in fields.items() if key in config}}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

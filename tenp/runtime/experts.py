@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The module that takes the place of a family's experts when their widths differ."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tenp.adapter import Experts
+from tenp.ops import expert_gemm
+from tenp.ops.expert_layout import neuron_offsets
+
+
+class TenpExperts(nn.Module):
+    """Routed experts of different widths, with the call of transformers' experts modules.
+
+    The weights are packed neuron by neuron (docs/architecture.md, "Packed layout"): R rows in all,
+    each expert padded to a multiple of 16 rows with zeros, which contribute exactly nothing.
+
+    Attributes:
+        gate_up_proj: `[2R, H]`, all gate rows and then all up rows; without a gate there is
+            `up_proj` `[R, H]` instead, as in the families' own modules.
+        down_proj: `[R, H]`, row k is column k of the down projection.
+        gate_up_proj_bias: `[2R]` (`up_proj_bias` `[R]`), only in families with biases.
+        down_proj_bias: `[E, H]`, only in families with biases.
+        widths: The width of every expert, 0 or more.
+    """
+
+    def __init__(self, family: Experts, widths: Sequence[int]) -> None:
+        """Make room for the weights, on the device and in the dtype of the family's own module.
+
+        Args:
+            family: The experts that this module replaces.
+            widths: Their new widths.
+        """
+        super().__init__()
+        self.widths = list(widths)
+        self.num_experts = len(self.widths)
+        self.has_gate = family.has_gate
+        self._offsets = neuron_offsets(self.widths)
+        rows = self._offsets[-1]
+        joined = 2 * rows if self.has_gate else rows
+        _, up = family.gate_and_up()
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(up.new_empty(shape), requires_grad=False)
+
+        self._up_name = "gate_up_proj" if self.has_gate else "up_proj"
+        self.register_parameter(self._up_name, empty(joined, up.shape[2]))
+        self.register_parameter(f"{self._up_name}_bias", empty(joined) if family.has_bias else None)
+        self.down_proj = empty(rows, family.down.shape[1])
+        self.down_proj_bias = (
+            empty(self.num_experts, family.down.shape[1]) if family.has_bias else None
+        )
+        self._family = _without_weights(family)
+        self._kernel = _kernel_activation(self._family)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return the gate-weighted sum of each token's experts.
+
+        Args:
+            hidden_states: `[T, H]`.
+            top_k_index: `[T, k]`, integer. An index that names no expert adds nothing.
+            top_k_weights: `[T, k]`. The weights that multiply the experts' outputs.
+
+        Returns:
+            `[T, H]` in the dtype of `hidden_states`.
+        """
+        needs_gradient = torch.is_grad_enabled() and (
+            hidden_states.requires_grad
+            or self.down_proj.requires_grad
+            or top_k_weights.requires_grad
+        )
+        if self._kernel is None or needs_gradient:
+            return self._forward_in_torch(hidden_states, top_k_index, top_k_weights)
+        activation, limit, alpha = self._kernel
+        widths, offsets = self._tables_on(hidden_states.device)
+        return expert_gemm(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self._up_weight,
+            self.down_proj,
+            widths,
+            offsets,
+            gate_up_bias=self._up_bias,
+            down_bias=self.down_proj_bias,
+            activation=activation,
+            gated=self.has_gate,
+            limit=limit,
+            alpha=alpha,
+        )
+
+    def _forward_in_torch(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The same in torch, expert by expert: for gradients, and for a gate that no kernel knows."""
+        out = torch.zeros(
+            hidden.shape[0], self.down_proj.shape[1], dtype=torch.float32, device=hidden.device
+        )
+        for expert, width in enumerate(self.widths):
+            token, slot = torch.where(index == expert)
+            if len(token) == 0:
+                continue
+            up_row = self._offsets[expert]
+            gate, up = None, self._project(hidden[token], self._up_begin() + up_row, width)
+            if self.has_gate:
+                gate = self._project(hidden[token], up_row, width)
+            contribution = (
+                self._family.apply_gate(gate, up) @ self.down_proj[up_row : up_row + width]
+            )
+            if self.down_proj_bias is not None:
+                contribution = contribution + self.down_proj_bias[expert]
+            out = out.index_add(0, token, contribution.float() * weights[token, slot, None].float())
+        return out.to(hidden.dtype)
+
+    def _project(self, hidden: Tensor, begin: int, width: int) -> Tensor:
+        rows = slice(begin, begin + width)
+        bias = self._up_bias
+        return F.linear(hidden, self._up_weight[rows], None if bias is None else bias[rows])
+
+    @property
+    def _up_weight(self) -> Tensor:
+        return getattr(self, self._up_name)
+
+    @property
+    def _up_bias(self) -> Tensor | None:
+        return getattr(self, f"{self._up_name}_bias")
+
+    def _up_begin(self) -> int:
+        return self._offsets[-1] if self.has_gate else 0
+
+    def _tables_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        # Not buffers: a buffer that is in no checkpoint is lost when a model is loaded through meta.
+        if device not in self._tables:
+            self._tables[device] = (
+                torch.tensor(self.widths, dtype=torch.int32, device=device),
+                torch.tensor(self._offsets, dtype=torch.int32, device=device),
+            )
+        return self._tables[device]
+
+    def extra_repr(self) -> str:
+        """Show what widths there are."""
+        return f"num_experts={self.num_experts}, widths={min(self.widths)}..{max(self.widths)}"
+
+
+def _without_weights(family: Experts) -> Experts:
+    """Keep what the family's gate needs (activation, limits, flags) and let its weights go."""
+    shell = copy.copy(family.module)
+    shell._parameters = {}
+    return Experts(family.layer, family.name, shell)
+
+
+_PLAIN = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
+
+
+def _kernel_activation(family: Experts) -> tuple[str, float, float] | None:
+    """Return (activation, limit, alpha) of the kernel that computes this family's gate, if any does.
+
+    Families differ by overridden methods, not by names one could trust, so the gate is asked: it
+    is evaluated on a grid and compared with every activation that the kernels know.
+    """
+    grid = torch.linspace(-12.0, 12.0, 49, device="cpu")
+    gate, up = (axis.flatten() for axis in torch.meshgrid(grid, grid, indexing="ij"))
+    with torch.no_grad():
+        asked = family.apply_gate(gate if family.has_gate else None, up)
+    for name, function in _PLAIN.items():
+        if torch.allclose(
+            asked, function(gate) * up if family.has_gate else function(up), atol=1e-5
+        ):
+            return name, 0.0, 0.0
+    limit, alpha = (getattr(family.module, field, None) for field in ("limit", "alpha"))
+    if family.has_gate and limit is not None and alpha is not None:
+        glu = gate.clamp(max=limit)
+        if torch.allclose(
+            asked, (up.clamp(-limit, limit) + 1) * glu * torch.sigmoid(alpha * glu), atol=1e-5
+        ):
+            return "swiglu_oai", float(limit), float(alpha)
+    return None

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sums that one calibration pass leaves behind, and their file.
+
+Every statistic is a sum (or a maximum) over the tokens that reached an expert, kept apart per
+calibration domain, so statistics of shards, domains and machines merge without loss. What is made
+of them is decided in `tenp.scoring`; `docs/formats.md` describes the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tenp.errors import DataError, InvalidArgument
+from tenp.files import write_atomically
+from tenp.source import Source
+
+FORMAT_VERSION = 1
+
+LayerStatistics = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Statistic:
+    """What one named statistic is, so that every reader treats it alike."""
+
+    per: Literal["expert", "neuron"]  # shape [D, E] or [D, E, I]; weight facts have no domain axis
+    merge: Literal["sum", "max", "weights"]  # "weights": a fact of the checkpoint, equal in all
+    formula: str
+    dtype: torch.dtype = torch.float64
+
+
+#: Every statistic of a layer. x is the input of the experts, y = W_d m the output of one expert
+#: before its gate g, w_k column k of W_d; sums run over the attended tokens routed to the expert.
+STATISTICS: Mapping[str, Statistic] = {
+    "counts": Statistic("expert", "sum", "n_e", torch.int64),
+    "gate_sum": Statistic("expert", "sum", "sum g"),
+    "norm_sum": Statistic("expert", "sum", "sum |y|"),
+    "gated_norm_sum": Statistic("expert", "sum", "sum g |y|"),
+    "norm_max": Statistic("expert", "max", "max |y|"),
+    "direction_change": Statistic("expert", "sum", "sum g |y| (1 - cos(x, y))"),
+    "projection": Statistic("neuron", "sum", "sum m_k <w_k, y> / |y|"),
+    "magnitude": Statistic("neuron", "sum", "sum |m_k|"),
+    "energy": Statistic("neuron", "sum", "sum (g m_k)^2"),
+    "peak": Statistic("neuron", "max", "max |g m_k|"),
+    "down_norm": Statistic("neuron", "weights", "|w_k|"),
+}
+
+
+@dataclass(frozen=True)
+class Domain:
+    """One named kind of calibration text."""
+
+    name: str
+    samples: int
+    tokens: int  # attended tokens
+    sources: tuple[str, ...]  # SHA-256 of the token ids of each run that was merged in
+
+
+@dataclass
+class Statistics:
+    """Statistics of every MoE layer of one model.
+
+    Attributes:
+        source: The calibrated checkpoint.
+        domains: The calibration domains, in the order of the leading axis `D` of every tensor.
+        layers: Decoder layer index to `{name: tensor}` with the names of `STATISTICS`; shapes
+            `[D, E]` per expert, `[D, E, I]` per neuron, `[E, I]` for facts of the weights.
+        settings: How the pass was run (dtype, sequence length, seed, ...), for the record.
+    """
+
+    source: Source
+    domains: tuple[Domain, ...]
+    layers: dict[int, LayerStatistics]
+    settings: dict[str, Any]
+
+    @classmethod
+    def zeros(
+        cls,
+        source: Source,
+        domains: Iterable[Domain],
+        shapes: Mapping[int, tuple[int, int]],
+        settings: dict[str, Any],
+        device: torch.device | str = "cpu",
+    ) -> Statistics:
+        """Return statistics of no token at all.
+
+        Args:
+            source: The calibrated checkpoint.
+            domains: The domains, which set `D`.
+            shapes: Decoder layer index to (experts `E`, full width `I`).
+            settings: Kept as they are.
+            device: Where the sums are kept.
+        """
+        domains = tuple(domains)
+
+        def empty(statistic: Statistic, experts: int, width: int) -> Tensor:
+            shape = (experts,) if statistic.per == "expert" else (experts, width)
+            if statistic.merge != "weights":
+                shape = (len(domains), *shape)
+            return torch.zeros(shape, dtype=statistic.dtype, device=device)
+
+        layers = {
+            layer: {name: empty(statistic, *shape) for name, statistic in STATISTICS.items()}
+            for layer, shape in shapes.items()
+        }
+        return cls(source, domains, layers, settings)
+
+    def tokens(self) -> int:
+        """Return the number of attended calibration tokens of all domains."""
+        return sum(domain.tokens for domain in self.domains)
+
+    def _metadata(self) -> str:
+        header = {
+            "format": "tenp.statistics",
+            "format_version": FORMAT_VERSION,
+            "source": dataclasses.asdict(self.source),
+            "domains": [dataclasses.asdict(domain) for domain in self.domains],
+            "settings": self.settings,
+        }
+        return json.dumps(header, sort_keys=True)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {
+            f"layers.{layer}.{name}": tensor.cpu().contiguous()
+            for layer, tensors in sorted(self.layers.items())
+            for name, tensor in sorted(tensors.items())
+        }
+
+    def _to_bytes(self) -> bytes:
+        # One metadata key only: safetensors writes several in an order that changes from run to run.
+        return save(self._tensors(), metadata={"tenp": self._metadata()})
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the file that `save` writes."""
+        return hashlib.sha256(self._to_bytes()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Write the statistics; equal statistics give equal bytes, and a crash leaves no file."""
+        write_atomically(Path(path), self._to_bytes())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read statistics written by `save`.
+
+        Raises:
+            DataError: The file is missing, damaged, or of another format version.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("tenp", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, json.JSONDecodeError) as error:
+            raise DataError(
+                f"{path} must be a statistics file, but cannot be read: {error}"
+            ) from error
+        if header.get("format") != "tenp.statistics":
+            raise DataError(
+                f"{path} must be a statistics file written by tenp, got another safetensors file"
+            )
+        if header["format_version"] != FORMAT_VERSION:
+            raise DataError(
+                f"{path} must have statistics format {FORMAT_VERSION}, got {header['format_version']}; "
+                "calibrate again with this version of tenp"
+            )
+        domains = tuple(
+            Domain(**{**domain, "sources": tuple(domain["sources"])})
+            for domain in header["domains"]
+        )
+        layers: dict[int, LayerStatistics] = {}
+        for key, tensor in tensors.items():
+            _, layer, name = key.split(".")
+            layers.setdefault(int(layer), {})[name] = tensor
+        layers = dict(sorted(layers.items()))
+        for layer, found in layers.items():
+            if missing := STATISTICS.keys() - found.keys():
+                raise DataError(
+                    f"{path} must have {sorted(missing)} in layer {layer}, got {sorted(found)}"
+                )
+        return cls(Source(**header["source"]), domains, layers, header["settings"])
+
+
+def merge(parts: Iterable[Statistics]) -> Statistics:
+    """Add statistics of the same model, for example of several machines.
+
+    Domains of one name are added, others stand side by side in the order of first appearance. Sums
+    are float64 and added in the order given: merging runs of one batch each equals one run over
+    these batches bit for bit.
+
+    Raises:
+        InvalidArgument: The parts are of different models.
+    """
+    parts = list(parts)
+    if not parts:
+        raise InvalidArgument("merge: parts must hold at least one Statistics, got none")
+    first = parts[0]
+    for part in parts[1:]:
+        if part.source != first.source:
+            raise InvalidArgument(
+                f"merge: all statistics must be of one checkpoint, "
+                f"got fingerprints {first.source.fingerprint[:12]} and {part.source.fingerprint[:12]}"
+            )
+    merged: dict[str, Domain] = {}
+    for domain in (domain for part in parts for domain in part.domains):
+        known = merged.get(domain.name)
+        if known is not None:
+            domain = Domain(
+                domain.name,
+                known.samples + domain.samples,
+                known.tokens + domain.tokens,
+                known.sources + domain.sources,
+            )
+        merged[domain.name] = domain
+    row = {name: index for index, name in enumerate(merged)}
+    shapes = {layer: tuple(tensors["down_norm"].shape) for layer, tensors in first.layers.items()}
+    settings = (
+        first.settings
+        if all(part.settings == first.settings for part in parts)
+        else {"merged": [part.settings for part in parts]}
+    )
+    total = Statistics.zeros(first.source, merged.values(), shapes, settings)
+    for part in parts:
+        rows = [row[domain.name] for domain in part.domains]
+        for layer, tensors in part.layers.items():
+            for name, statistic in STATISTICS.items():
+                mine, theirs = total.layers[layer][name], tensors[name]
+                if statistic.merge == "weights":
+                    mine.copy_(theirs)
+                elif statistic.merge == "sum":
+                    mine[rows] += theirs
+                else:
+                    mine[rows] = torch.maximum(mine[rows], theirs)
+    return total
