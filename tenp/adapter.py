@@ -47,7 +47,7 @@ class Experts:
 
     layer: int
     name: str
-    module: nn.Module
+    module: Any  # an nn.Module whose attributes its flags describe
 
     @property
     def has_gate(self) -> bool:
@@ -111,6 +111,53 @@ class Experts:
             return self.module._apply_gate(torch.cat([gate, up], dim=-1))
         return self.module._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
 
+    def projections(self, parameter: str, fused: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield (`gate`, `up` or `down`, view) of a tensor of all experts, one view per projection.
+
+        Args:
+            parameter: Its name in the module, for example `gate_up_proj` or `down_proj_bias`.
+            fused: The tensor in the family's own layout.
+
+        Yields:
+            Views `[E, I, H]` of gate and up, `[E, H, I]` of down; of biases `[E, I]` and `[E, H]`.
+        """
+        oriented = fused if parameter.endswith("_bias") else self._oriented(fused)
+        if parameter.startswith("down"):
+            yield "down", oriented
+            return
+        gate, up = self._split(oriented, dim=1)
+        if gate is not None:
+            yield "gate", gate
+        yield "up", up
+
+    def select_neurons(self, parameter: str, fused: Tensor, keep: Tensor) -> Tensor:
+        """Return a tensor of all experts with some neurons only, in the family's own layout.
+
+        Args:
+            parameter: Its name in the module.
+            fused: The tensor.
+            keep: `[E, I]`, bool, equally many per expert.
+        """
+        if parameter == "down_proj_bias":
+            return fused
+        is_down, is_bias = parameter.startswith("down"), parameter.endswith("_bias")
+        if not is_down and self.has_gate:
+            keep = (
+                torch.cat([keep, keep], 1)
+                if self._is_concatenated
+                else keep.repeat_interleave(2, 1)
+            )
+        # One expert's matrix counts neurons in the rows of up and the columns of down, or transposed.
+        axis = 0 if is_bias else int(is_down != self._is_transposed)
+        index = [torch.nonzero(row).flatten().to(fused.device) for row in keep]
+        return torch.stack(
+            [matrix.index_select(axis, at) for matrix, at in zip(fused, index, strict=True)]
+        )
+
+    @property
+    def _is_transposed(self) -> bool:
+        return bool(getattr(self.module, "is_transposed", False))
+
     @property
     def _is_concatenated(self) -> bool:
         return bool(getattr(self.module, "is_concatenated", True))
@@ -121,7 +168,7 @@ class Experts:
         return self._oriented(self.module.gate_up_proj if self.has_gate else self.module.up_proj)
 
     def _oriented(self, weight: Tensor) -> Tensor:
-        return weight.transpose(1, 2) if getattr(self.module, "is_transposed", False) else weight
+        return weight.transpose(1, 2) if self._is_transposed else weight
 
     def _split(self, joined: Tensor, dim: int) -> tuple[Tensor | None, Tensor]:
         if not self.has_gate:
@@ -208,7 +255,7 @@ def load_model(
     """
     config = load_config(directory)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             directory, config=config, dtype=dtype, device_map=device, output_loading_info=True
         )
     except TenpError:
@@ -217,11 +264,18 @@ def load_model(
         raise CheckpointError(f"{directory} cannot be loaded: {_first_line(error)}") from error
     except ValueError as error:
         raise Unsupported(f"{directory}: {_first_line(error)}") from error
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"{directory} must hold {missing[0]}, but {len(missing)} weights are missing"
         )
     return model.eval().requires_grad_(False)
+
+
+def vocabulary(model: PreTrainedModel) -> int:
+    """Return how many token embeddings the model has."""
+    embeddings: Any = model.get_input_embeddings()
+    return int(embeddings.num_embeddings)
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

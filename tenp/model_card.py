@@ -50,8 +50,8 @@ neurons that carry their output (TENP, Findings of ACL 2026, arXiv 2606.09885).
 
 | | before | after |
 |---|---|---|
-| parameters | {before.parameters:,} | {after.parameters():,} |
-| bytes | {before.bytes:,} | {after.bytes():,} |
+| parameters | {before.parameters:,} | {after.total_parameters():,} |
+| bytes | {before.bytes:,} | {after.total_bytes():,} |
 | routed parameters kept | 100 % | {plan.static_share():.2%} |
 | activated routed parameters kept | 100 % | {plan.activated_share:.2%} |
 

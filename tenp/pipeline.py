@@ -196,7 +196,7 @@ def _check_equivalence(checkpoint: Checkpoint, decided: Plan, written: Path) -> 
     dense = adapter.load_model(checkpoint.directory, torch.float32)
     evaluation.mask_neurons(dense, decided)
     pruned = adapter.load_model(written, torch.float32)
-    vocabulary = dense.get_input_embeddings().num_embeddings
+    vocabulary = adapter.vocabulary(dense)
     ids = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
     difference = evaluation.logit_difference(pruned, dense, ids)
     if not difference <= _EQUIVALENCE_BOUND:
@@ -219,7 +219,7 @@ def _samples(
             generate_answers(d, model, tokenizer, length, answered, run.samples, run.seed)
             for d in domains
         ]
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = adapter.vocabulary(model)
     return [tokenize(d, tokenizer, length, run.samples, run.seed, vocabulary) for d in domains]
 
 

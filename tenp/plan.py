@@ -65,12 +65,12 @@ class Plan:
         widths = {width for layer in self.widths().values() for width in layer}
         return widths.pop() if len(widths) == 1 else None
 
-    def parameters(self) -> int:
+    def total_parameters(self) -> int:
         """Return the forecast of the pruned model's stored parameters."""
         removed = self.neurons() - self.kept_neurons()
         return self.source.parameters - removed * self.source.neuron_parameters
 
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
         """Return the forecast of the pruned model's stored bytes."""
         removed = self.neurons() - self.kept_neurons()
         return self.source.bytes - removed * self.source.neuron_bytes

@@ -20,7 +20,7 @@ from torch import Tensor
 from tenp import adapter
 from tenp.adapter import Experts, ExpertTensor
 from tenp.checkpoint import INDEX_FILE, Checkpoint, ShardWriter, TensorEntry
-from tenp.errors import CheckpointError, InvalidArgument, PlanError
+from tenp.errors import CheckpointError, InvalidArgument, PlanError, Unsupported
 from tenp.files import new_directory
 from tenp.model_card import model_card
 from tenp.plan import Plan
@@ -102,7 +102,7 @@ def apply(
         if part.expert is not None:
             yield name, _narrow(tensor, part.part, keep[part.expert])
         elif fields is not None:
-            yield name, _narrow_fused(tensor, part.part, keep, experts[part.experts])
+            yield name, experts[part.experts].select_neurons(part.part, tensor, keep)
         else:
             yield from _split_fused(tensor, part, keep, experts[part.experts])
 
@@ -199,9 +199,10 @@ def export_padded(checkpoint: Checkpoint, out: Path) -> None:
     model = adapter.empty_model(dense)
     experts = {layer.name: layer for layer in adapter.find_experts(model)}
     tensors = adapter.expert_tensors(model, checkpoint.tensors)
-    if unreadable := [part for part in tensors.values() if part.expert is None]:
-        raise InvalidArgument(
-            f"export: {unreadable[0].experts} must be stored expert by expert, got one tensor"
+    if not any(part.expert is not None for part in tensors.values()):
+        raise Unsupported(
+            f"export: {type(model).__name__} must store its experts one by one on the Hub to be padded, "
+            "but stores one tensor for all of them"
         )
 
     def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -224,19 +225,15 @@ def export_padded(checkpoint: Checkpoint, out: Path) -> None:
 
 def _narrow(tensor: Tensor, part: str, keep: Tensor) -> Tensor:
     """Keep the rows of a gate or up projection `[I, H]`, the columns of a down projection `[H, I]`."""
-    return _select(tensor, keep, axis=1 if part == "down" else 0)
-
-
-def _select(tensor: Tensor, keep: Tensor, axis: int) -> Tensor:
     index = torch.nonzero(keep).flatten().to(tensor.device)
-    return tensor.index_select(axis, index)
+    return tensor.index_select(1 if part == "down" else 0, index)
 
 
 def _split_fused(
     tensor: Tensor, part: ExpertTensor, keep: Tensor, experts: Experts
 ) -> Iterator[tuple[str, Tensor]]:
     """One tensor of all experts to one per expert and projection, in the layout of per-expert families."""
-    for projection, stacked in _projections(tensor, part.part, experts):
+    for projection, stacked in experts.projections(part.part, tensor):
         is_bias = part.part.endswith("_bias")
         for expert, matrix in enumerate(stacked):
             name = f"{part.experts}.{expert}.{projection}_proj.{'bias' if is_bias else 'weight'}"
@@ -246,42 +243,6 @@ def _split_fused(
                 if projection == "down" and is_bias
                 else _narrow(matrix, projection, keep[expert]),
             )
-
-
-def _narrow_fused(tensor: Tensor, parameter: str, keep: Tensor, experts: Experts) -> Tensor:
-    """One tensor of all experts, each narrowed to the same number of neurons, in its own layout."""
-    if parameter == "down_proj_bias":
-        return tensor
-    if not parameter.startswith("down") and experts.has_gate:
-        keep = (
-            torch.cat([keep, keep], dim=1)
-            if experts._is_concatenated
-            else keep.repeat_interleave(2, dim=1)
-        )
-    axis = _neuron_axis(parameter, experts)
-    return torch.stack(
-        [_select(matrix, mask, axis) for matrix, mask in zip(tensor, keep, strict=True)]
-    )
-
-
-def _neuron_axis(parameter: str, experts: Experts) -> int:
-    """The axis of one expert's matrix that counts neurons: rows of up, columns of down, or transposed."""
-    if parameter.endswith("_bias"):
-        return 0
-    is_transposed = bool(getattr(experts.module, "is_transposed", False))
-    return int(parameter.startswith("down") != is_transposed)
-
-
-def _projections(tensor: Tensor, parameter: str, experts: Experts) -> Iterator[tuple[str, Tensor]]:
-    """Views of a fused tensor, one per projection, oriented as `[E, I, H]` (down: `[E, H, I]`)."""
-    oriented = tensor if parameter.endswith("_bias") else experts._oriented(tensor)
-    if parameter.startswith("down"):
-        yield "down", oriented
-        return
-    gate, up = experts._split(oriented, dim=1)
-    if gate is not None:
-        yield "gate", gate
-    yield "up", up
 
 
 def _expert_tensors(checkpoint: Checkpoint, model: Any) -> dict[str, ExpertTensor]:

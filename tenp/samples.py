@@ -141,7 +141,10 @@ def generate_answers(
             :max_length
         ]
         ids = prompt[None].to(model.device)
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)
+        generation: Any = model  # generate() comes from a mixin that the type does not show
+        output = generation.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens
+        )
         answered.append(output[0].cpu())
     return Samples(domain.name, tuple(answered))
 

@@ -222,7 +222,10 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
             )
         merged[domain.name] = domain
     row = {name: index for index, name in enumerate(merged)}
-    shapes = {layer: tuple(tensors["down_norm"].shape) for layer, tensors in first.layers.items()}
+    shapes = {
+        layer: (tensors["down_norm"].shape[0], tensors["down_norm"].shape[1])
+        for layer, tensors in first.layers.items()
+    }
     settings = (
         first.settings
         if all(part.settings == first.settings for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -58,8 +59,8 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
         "settings": plan.settings,
         "static_share": plan.static_share(),
         "activated_share": plan.activated_share,
-        "parameters": {"before": plan.source.parameters, "after": plan.parameters()},
-        "bytes": {"before": plan.source.bytes, "after": plan.bytes()},
+        "parameters": {"before": plan.source.parameters, "after": plan.total_parameters()},
+        "bytes": {"before": plan.source.bytes, "after": plan.total_bytes()},
         "widths": {str(layer): widths for layer, widths in plan.widths().items()},
     }
 
@@ -93,15 +94,15 @@ def print_plan(plan: Plan) -> None:
     source = plan.source
     console.print(
         f"routed parameters kept {plan.static_share():.2%}, activated {plan.activated_share:.2%}\n"
-        f"parameters {source.parameters:,} → {plan.parameters():,}, "
-        f"{source.bytes / 2**20:,.1f} → {plan.bytes() / 2**20:,.1f} MiB",
+        f"parameters {source.parameters:,} → {plan.total_parameters():,}, "
+        f"{source.bytes / 2**20:,.1f} → {plan.total_bytes() / 2**20:,.1f} MiB",
         highlight=False,
     )
 
 
-def warn_of_coverage(statistics: Statistics) -> None:
+def warn_of_coverage(measured: Statistics) -> None:
     """Say on stderr which experts saw too little text."""
-    experts = under_covered_experts(statistics)
+    experts = under_covered_experts(measured)
     if experts:
         where = ", ".join(f"{layer}/{expert}" for layer, expert in experts[:8]) + (
             ", …" if len(experts) > 8 else ""
@@ -145,11 +146,13 @@ def print_evaluations(
         lines.append(line)
         row(evaluation.domain, evaluation.tokens, line)
     if len(lines) > 1:
-        row(
-            "mean",
-            sum(e.tokens for e in after),
-            [sum(column) / len(lines) for column in zip(*lines, strict=True)],
-        )
+        perplexities = 2 if before else 1
+        means = [
+            # Perplexities are compared by ratio, so their mean is the geometric one.
+            statistics.geometric_mean(column) if at < perplexities else statistics.mean(column)
+            for at, column in enumerate(zip(*lines, strict=True))
+        ]
+        row("mean", sum(evaluation.tokens for evaluation in after), means)
     Console().print(table)
 
 
@@ -161,15 +164,15 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         print_plan(plan)
 
 
-def show_statistics(statistics: Statistics, as_json: bool) -> None:
+def show_statistics(measured: Statistics, as_json: bool) -> None:
     """Print what statistics were taken of, and how well the experts are covered."""
-    coverage = {layer: tensors["counts"].sum(dim=0) for layer, tensors in statistics.layers.items()}
+    coverage = {layer: tensors["counts"].sum(dim=0) for layer, tensors in measured.layers.items()}
     if as_json:
         print_json(
             {
-                "source": dataclasses.asdict(statistics.source),
-                "settings": statistics.settings,
-                "domains": [dataclasses.asdict(domain) for domain in statistics.domains],
+                "source": dataclasses.asdict(measured.source),
+                "settings": measured.settings,
+                "domains": [dataclasses.asdict(domain) for domain in measured.domains],
                 "tokens_per_expert": {
                     str(layer): counts.tolist() for layer, counts in coverage.items()
                 },
@@ -178,7 +181,7 @@ def show_statistics(statistics: Statistics, as_json: bool) -> None:
         return
     console = Console()
     domains = Table("domain", "samples", "tokens", box=None, pad_edge=False)
-    for domain in statistics.domains:
+    for domain in measured.domains:
         domains.add_row(domain.name, f"{domain.samples:,}", f"{domain.tokens:,}")
     console.print(domains)
     layers = Table("layer", "experts", "fewest tokens", "median", "most", box=None, pad_edge=False)

@@ -42,7 +42,7 @@ class TenpConfig(QuantizationConfigMixin):
         self, widths: dict[str, str] | None = None, version: int = FORMAT_VERSION, **extra: Any
     ) -> None:
         """Take the fields as config.json has them; unknown ones are kept."""
-        self.quant_method = "tenp"
+        self.quant_method: Any = "tenp"
         self.version = version
         self.widths = widths or {}
         extra.pop("quant_method", None)
@@ -60,6 +60,8 @@ class TenpConfig(QuantizationConfigMixin):
 @register_quantizer("tenp")
 class TenpQuantizer(HfQuantizer):
     """Makes transformers load and save experts of different widths."""
+
+    quantization_config: TenpConfig
 
     requires_calibration = True  # a TenpConfig passed for an unpruned model is refused
 
@@ -146,7 +148,7 @@ class Pack(ConversionOps):
         source_patterns: list[str],
         target_patterns: list[str],
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Pack; called by transformers with everything that one target needs."""
         lists = [input_dict[pattern] for pattern in source_patterns]
         parts = [_pack_rows([self._as_rows(matrix) for matrix in matrices]) for matrices in lists]
@@ -177,7 +179,7 @@ class Unpack(ConversionOps):
         model: Any = None,
         full_layer_name: str = "",
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Unpack; called by transformers with one parameter."""
         packed = next(iter(input_dict.values()))
         packed = packed[0] if isinstance(packed, list) else packed
@@ -206,7 +208,7 @@ class Stack(ConversionOps):
         source_patterns: list[str],
         target_patterns: list[str],
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Stack; called by transformers with everything that one target needs."""
         return {target_patterns[0]: torch.stack(list(input_dict[source_patterns[0]]))}
 
@@ -226,7 +228,7 @@ class Unstack(ConversionOps):
         source_patterns: list[str],
         target_patterns: list[str],
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Unstack; called by transformers with one parameter."""
         stacked = next(iter(input_dict.values()))
         stacked = stacked[0] if isinstance(stacked, list) else stacked
