@@ -111,6 +111,13 @@ def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
         raise PlanError(f"keep must be above 0 and at most 1, got {budget.keep}")
     if budget.method not in ("tenp", "enp"):
         raise PlanError(f"method must be tenp or enp, got {budget.method}")
+    if budget.width_multiple is not None and budget.width_multiple < 1:
+        raise PlanError(f"width_multiple must be 1 or more, got {budget.width_multiple}")
+    shallow, deep = _fraction("shallow", budget.shallow), _fraction("deep", budget.deep)
+    if shallow < 0 or deep < 0 or shallow + deep == 0:
+        raise PlanError(
+            f"shallow and deep must be 0 or more and not both 0, got {budget.shallow} and {budget.deep}"
+        )
     if budget.method == "enp":
         if budget.alpha:
             raise PlanError(f"alpha must be 0 with method enp, got {budget.alpha}; use method tenp")
@@ -123,12 +130,6 @@ def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
             f"alpha must be at most keep, got alpha {budget.alpha} with keep {budget.keep}: whole experts alone "
             f"would exceed the budget; {budget.keep} or less would fit"
         )
-    if budget.shallow < 0 or budget.deep < 0 or budget.shallow + budget.deep == 0:
-        raise PlanError(
-            f"shallow and deep must be 0 or more and not both 0, got {budget.shallow} and {budget.deep}"
-        )
-    if budget.width_multiple is not None and budget.width_multiple < 1:
-        raise PlanError(f"width_multiple must be 1 or more, got {budget.width_multiple}")
     return keep, alpha
 
 
@@ -225,6 +226,17 @@ def allocate_widths(
     for layer, flags in whole.items():
         full, multiple = full_widths[layer], multiples[layer]
         width = full if beta == 1 else floor(beta * full / multiple) * multiple
+        if width == 0 and not spread and not flags.all():
+            fits = floor(beta * full)
+            raise PlanError(
+                f"every expert must keep a neuron, got width 0: {float(beta):.4g} of {full} neurons is less than the "
+                f"width_multiple {multiple}; "
+                + (
+                    f"width_multiple {fits} or less would fit"
+                    if fits
+                    else f"keep {1 / full:.4g} or more would fit"
+                )
+            )
         widths[layer] = [full if is_whole else width for is_whole in flags.tolist()]
     if spread:
         remaining = budget - sum(sum(layer) for layer in widths.values())

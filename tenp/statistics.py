@@ -164,29 +164,47 @@ class Statistics:
             raise DataError(
                 f"{path} must be a statistics file, but cannot be read: {error}"
             ) from error
-        if header.get("format") != "tenp.statistics":
+        if not isinstance(header, dict) or header.get("format") != "tenp.statistics":
             raise DataError(
                 f"{path} must be a statistics file written by tenp, got another safetensors file"
             )
-        if header["format_version"] != FORMAT_VERSION:
+        if header.get("format_version") != FORMAT_VERSION:
             raise DataError(
-                f"{path} must have statistics format {FORMAT_VERSION}, got {header['format_version']}; "
+                f"{path} must have statistics format {FORMAT_VERSION}, got {header.get('format_version')}; "
                 "calibrate again with this version of tenp"
             )
+        try:
+            return cls._from_file(header, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{path} must be a whole statistics file, got a damaged one: {error}"
+            ) from error
+
+    @classmethod
+    def _from_file(cls, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
+        """Put together what the file holds; ValueError and the like if it does not fit together."""
         domains = tuple(
             Domain(**{**domain, "sources": tuple(domain["sources"])})
             for domain in header["domains"]
         )
         layers: dict[int, LayerStatistics] = {}
         for key, tensor in tensors.items():
-            _, layer, name = key.split(".")
-            layers.setdefault(int(layer), {})[name] = tensor
+            _, number, name = key.split(".")
+            layers.setdefault(int(number), {})[name] = tensor
         layers = dict(sorted(layers.items()))
         for layer, found in layers.items():
             if missing := STATISTICS.keys() - found.keys():
-                raise DataError(
-                    f"{path} must have {sorted(missing)} in layer {layer}, got {sorted(found)}"
-                )
+                raise ValueError(f"layer {layer} lacks {', '.join(sorted(missing))}")
+            shape = tuple(found["down_norm"].shape)
+            for name, statistic in STATISTICS.items():
+                expected = shape if statistic.per == "neuron" else shape[:1]
+                if statistic.merge != "weights":
+                    expected = (len(domains), *expected)
+                actual = (tuple(found[name].shape), found[name].dtype)
+                if actual != (expected, statistic.dtype):
+                    raise ValueError(
+                        f"{name} of layer {layer} must be {expected} {statistic.dtype}, got {actual[0]} {actual[1]}"
+                    )
         return cls(Source(**header["source"]), domains, layers, header["settings"])
 
 
