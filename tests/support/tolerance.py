@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far an op may be from its float64 oracle, derived from roundings and term counts.
+
+Inputs are exact: the oracle reads the same float32, bfloat16 or float16 numbers. What differs is
+how the op rounds on the way. The building blocks:
+
+- One rounding to a format with p significant bits is off by at most u = 2^-p of the value
+  (`unit_roundoff`): 2^-24 float32, 2^-11 float16, 2^-8 bfloat16.
+- A sum of n terms in float32 rounds n - 1 partial sums, each at most A = sum |terms|. Worst case is
+  (n - 1) u A; roundings of independent sign add up like a random walk, sqrt(n) u A. `SUM_FACTOR`
+  times that is allowed: 2 standard deviations of a walk whose steps are all as long as they can be.
+  Real partial sums are far below A and a rounding is u / sqrt(3) in the mean, so that even a
+  plain loop stays a factor of 10 below. Products rounded before they are added count as another
+  term each, hence sqrt(2 n).
+- Sums over tokens are float64 by contract: same formula with u = 2^-53, and 2^-53 is negligible
+  beside 2^-24, so only sums of exact terms use it.
+
+Every bound is elementwise and uses the sum of the absolute values of the element's own terms, so a
+wrong element cannot hide behind large ones.
+"""
+
+import math
+
+import torch
+from support.op_cases import ExpertGemmCase, ExpertGemmInputs, StatisticsInputs
+from torch import Tensor
+
+from tenp.ops import reference
+
+SUM_FACTOR = 2.0
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """The largest relative error of rounding once to `dtype`."""
+    return torch.finfo(dtype).eps / 2
+
+
+def sum_tolerance(dtype: torch.dtype, terms: int) -> float:
+    """Relative to sum |terms|: the error of adding that many products in `dtype`."""
+    return SUM_FACTOR * math.sqrt(2 * max(terms, 1)) * unit_roundoff(dtype)
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: Tensor | float) -> None:
+    """Assert |actual - expected| <= tolerance elementwise, inf and NaN in the same places."""
+    actual, expected = actual.cpu().double(), expected.cpu().double()
+    assert actual.shape == expected.shape, (
+        f"{name} must be {list(expected.shape)}, got {list(actual.shape)}"
+    )
+    if actual.numel() == 0:
+        return
+    tolerance = torch.as_tensor(tolerance, dtype=torch.float64).expand(expected.shape)
+    finite = expected.isfinite()
+    same_where_not_finite = (actual == expected) | (actual.isnan() & expected.isnan())
+    within = torch.where(finite, (actual - expected).abs() <= tolerance, same_where_not_finite)
+    if within.all():
+        return
+    excess = torch.where(within, -1.0, ((actual - expected).abs() / tolerance).nan_to_num(math.inf))
+    worst = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+    raise AssertionError(
+        f"{name}{list(worst)} must be {expected[worst]:.9g} within {tolerance[worst]:.3g}, "
+        f"got {actual[worst]:.9g}; {int((~within).sum())} of {within.numel()} are outside"
+    )
+
+
+def assert_similar(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Assert 1 - 2<x, y> / (|x|^2 + |y|^2) <= tolerance^2, over the whole tensor.
+
+    The left side is 0 when equal, 1 when unrelated, and d^2 / 2 for a relative error d of the
+    whole: a bias too small for any single element shows here.
+    """
+    x, y = actual.cpu().double(), expected.cpu().double()
+    denominator = float((x * x + y * y).sum())
+    difference = float(((x - y) ** 2).sum()) / denominator if denominator else 0.0
+    assert difference <= tolerance**2, f"{name} differs by {difference:.3g} of its squared length"
+
+
+def activation_stats_tolerance(inputs: StatisticsInputs) -> dict[str, Tensor]:
+    """|y| is the root of a float32 sum of H squares, one rounding more; the root halves its error.
+
+    The factor g, the product and the root itself: three roundings. max |y| errs like one |y|.
+    """
+    relative = sum_tolerance(torch.float32, inputs.hidden_size) + 3 * unit_roundoff(torch.float32)
+    sums = inputs.zero_activation_stats()
+    reference.accumulate_activation_stats(**inputs.activation_stats_arguments(), **sums)
+    exact = sum_tolerance(torch.float64, inputs.max_rows)
+    return {
+        "counts": torch.zeros(inputs.num_experts),
+        "gate_sum": exact * sums["gate_sum"],  # gates are not negative: sum |g| = sum g
+        "norm_sum": relative * sums["norm_sum"],
+        "gated_norm_sum": relative * sums["gated_norm_sum"],
+        "norm_max": relative * sums["norm_max"],
+    }
+
+
+def direction_change_tolerance(inputs: StatisticsInputs) -> Tensor:
+    """Of g |y| (1 - cos) = g (|y| - <x, y> / |x|): both terms are at most |y|.
+
+    <x, y> errs relative to sum |x y| <= |x| |y|. Three float32 sums of H products and five more
+    roundings, all against sum g |y|: where x and y point the same way the difference cancels and
+    the absolute error stays.
+    """
+    relative = 3 * sum_tolerance(torch.float32, inputs.hidden_size)
+    relative += 5 * unit_roundoff(torch.float32)
+    sums = inputs.zero_activation_stats()
+    reference.accumulate_activation_stats(**inputs.activation_stats_arguments(), **sums)
+    return relative * sums["gated_norm_sum"]
+
+
+def neuron_contribution_tolerance(inputs: StatisticsInputs) -> dict[str, Tensor]:
+    """Q = <w_k, y> is a float32 sum of H products; |y| as above; m Q / |y| adds three roundings.
+
+    magnitude adds exact numbers in float64. energy squares g m after one rounding: 3 u. peak: u.
+    """
+    magnitudes = inputs.zero_neuron_contribution()
+    reference.accumulate_neuron_contribution(
+        activations=inputs.activations.abs(),
+        outputs=inputs.outputs.abs(),
+        down=inputs.down.abs(),
+        gates=inputs.gates,
+        offsets=inputs.offsets,
+        **magnitudes,
+    )
+    u = unit_roundoff(torch.float32)
+    relative = 2 * sum_tolerance(torch.float32, inputs.hidden_size) + 3 * u
+    exact = sum_tolerance(torch.float64, inputs.max_rows)
+    return {
+        "projection": relative * magnitudes["projection"],
+        "magnitude": exact * magnitudes["magnitude"],
+        "energy": 4 * u * magnitudes["energy"],
+        "peak": 2 * u * magnitudes["peak"],
+    }
+
+
+def checksum_tolerance(inputs: StatisticsInputs) -> Tensor:
+    """Of sum_k projection_k = sum_t |y_t|, per expert.
+
+    y in the inputs is W_d m rounded to the dtype: y = W_d m + d with |d| <= u |y|, so that
+    <W_d m, y> / |y| differs from |y| by at most |d| <= u |y|. Subnormal results are off by a fixed
+    step instead: sqrt(H) times half the smallest subnormal. On top comes the op's own error.
+    """
+    dtype = inputs.outputs.dtype
+    sums = inputs.zero_activation_stats()
+    reference.accumulate_activation_stats(**inputs.activation_stats_arguments(), **sums)
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    rounding_of_y = unit_roundoff(dtype) * sums["norm_sum"]
+    rounding_of_y = rounding_of_y + math.sqrt(inputs.hidden_size) * step / 2 * sums["counts"]
+    own = neuron_contribution_tolerance(inputs)["projection"].sum(dim=1)
+    return rounding_of_y + own
+
+
+def expert_gemm_tolerance_of_the_whole(case: ExpertGemmCase) -> float:
+    """Roundings of single elements are independent and at most u: together u / sqrt(3), for m and
+    out. And two float32 sums, of H and of W_e products.
+    """
+    terms = case.hidden_size + max(case.widths)
+    return unit_roundoff(case.dtype) + sum_tolerance(torch.float32, terms)
+
+
+def expert_gemm_tolerance(
+    case: ExpertGemmCase, inputs: ExpertGemmInputs, expected: Tensor
+) -> Tensor:
+    """The error of each stage, carried to the output by absolute values; see the comments."""
+    u = unit_roundoff(torch.float32)
+    u_dtype = unit_roundoff(case.dtype)
+    step = torch.finfo(case.dtype).smallest_normal * torch.finfo(case.dtype).eps
+    num_rows = inputs.down.shape[0]
+    bound = torch.zeros(inputs.hidden.shape, dtype=torch.float64)
+
+    def project(x: Tensor, first: int, width: int, absolute: bool) -> Tensor:
+        weight = inputs.gate_up[first : first + width].double()
+        bias = torch.zeros(width, dtype=torch.float64)
+        if inputs.gate_up_bias is not None:
+            bias = inputs.gate_up_bias[first : first + width].double()
+        return x.abs() @ weight.abs().T + bias.abs() if absolute else x @ weight.T + bias
+
+    for expert, width in enumerate(inputs.widths.tolist()):
+        token, slot = (inputs.expert_ids == expert).nonzero(as_tuple=True)
+        first = int(inputs.neuron_offsets[expert])
+        first_up = first + (num_rows if case.gated else 0)
+        x = inputs.hidden[token].double()
+        up = project(x, first_up, width, absolute=False)
+        gate = project(x, first, width, absolute=False) if case.gated else None
+
+        # 1. The projections: float32 sums of H products and a bias.
+        of_projection = sum_tolerance(torch.float32, case.hidden_size + 1)
+        up_error = of_projection * project(x, first_up, width, absolute=True)
+        gate_error = of_projection * project(x, first, width, absolute=True)
+
+        # 2. m: an error of a projection times the slope of the activation, at most 1.13 (gelu;
+        # silu and swiglu_oai 1.10, for any alpha) except relu2's 2 |x|. Evaluating exp, erf or
+        # tanh in float32: 8 u of the argument, which covers the cancellation in their tails
+        # (1 + erf -> 0) too. |act(x)| <= |x|, except relu2.
+        m = reference.activate(gate, up, case.activation, case.limit, case.alpha)
+        inner = up if gate is None else gate
+        inner_error = up_error if gate is None else gate_error
+        squares = case.activation == "relu2"
+        slope = 2 * inner.abs() + inner_error if squares else 1.13
+        act_error = slope * inner_error + 8 * u * inner.abs()
+        act = inner.square() if squares else inner.abs()
+        m_error = act_error + 8 * u * m.abs()
+        if gate is not None:
+            factor = up.abs() + 1 if case.activation == "swiglu_oai" else up.abs()
+            m_error = factor * act_error + (act + act_error) * up_error + 8 * u * m.abs()
+
+        # 3. Rounding m to the dtype. The oracle rounds too, but from a slightly different number:
+        # where a boundary lies between the two, the results are one step (2 u_dtype |m|) apart.
+        # The probability of that is m_error / step, so in the mean the error stays m_error; a few
+        # such steps may fall into one output.
+        down = inputs.down[first : first + width].double().abs()
+        y_error = m_error @ down
+        if width:
+            largest = ((2 * u_dtype * m.abs() + step)[:, :, None] * down).amax(dim=1)
+            y_error = y_error + 3 * largest
+
+        # 4. The down projection: a float32 sum of W_e products and a bias.
+        y = m.abs() @ down
+        if inputs.down_bias is not None:
+            y = y + inputs.down_bias[expert].double().abs()
+        y_error = y_error + sum_tolerance(torch.float32, width + 1) * y
+
+        # 5. The sum over k slots in float32.
+        g = inputs.gates[token, slot, None].double().abs()
+        slot_error = sum_tolerance(torch.float32, case.experts_per_token) * y
+        bound.index_add_(0, token, g * (y_error + slot_error))
+
+    # 6. The output, rounded once; half a step where it is subnormal.
+    return bound + u_dtype * (expected.abs() + bound) + step / 2
