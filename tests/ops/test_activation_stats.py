@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.op_cases import (
     FLOAT_DTYPES,
+    POISON,
     STATISTICS_CASES,
     StatisticsCase,
     StatisticsInputs,
@@ -98,6 +99,27 @@ def test_rows_of_any_stride_give_the_same_bits(device: torch.device) -> None:
     sums = stats_of(inputs, device)
     for name, value in expected.items():
         assert torch.equal(sums[name], value), name
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_arrays_may_start_at_any_element(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = make_statistics(StatisticsCase(hidden_size=37, dtype=dtype))
+    embedded = inputs.to(device).embedded(device)
+    sums = embedded.zero_activation_stats()
+    accumulate_activation_stats(**embedded.activation_stats_arguments(), **sums)
+    for name, value in stats_of(inputs, device).items():
+        assert torch.equal(sums[name].cpu(), value), name
+
+
+def test_a_nan_stays_in_its_expert(device: torch.device) -> None:
+    inputs = make_statistics(StatisticsCase(pattern="uniform"))
+    expected = stats_of(inputs, device)
+    inputs.outputs[int(inputs.offsets[2])] = POISON  # the first row of expert 2
+    sums = stats_of(inputs, device)
+    others = torch.arange(inputs.num_experts) != 2
+    for name in ("norm_sum", "gated_norm_sum", "norm_max"):
+        assert sums[name][2].isnan(), name
+        assert torch.equal(sums[name][others], expected[name][others]), name
 
 
 def test_nothing_outside_the_sums_is_written(device: torch.device) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.op_cases import (
     FLOAT_DTYPES,
+    POISON,
     STATISTICS_CASES,
     StatisticsCase,
     StatisticsInputs,
@@ -131,6 +132,25 @@ def test_rows_of_any_stride_give_the_same_bits(device: torch.device) -> None:
     inputs.hidden = torch.cat([inputs.hidden, inputs.hidden + 1], dim=1)[:, :hidden_size]
     inputs.outputs = inputs.outputs.repeat_interleave(2, dim=0)[::2]
     assert torch.equal(change_of(inputs, device), expected)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_arrays_may_start_at_any_element(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = make_statistics(StatisticsCase(hidden_size=37, dtype=dtype))
+    embedded = inputs.to(device).embedded(device)
+    sums = embedded.zero_direction_change()
+    accumulate_direction_change(**embedded.direction_change_arguments(), **sums)
+    assert torch.equal(sums["direction_change"].cpu(), change_of(inputs, device))
+
+
+def test_a_nan_stays_in_its_expert(device: torch.device) -> None:
+    inputs = make_statistics(StatisticsCase(pattern="uniform"))
+    expected = change_of(inputs, device)
+    inputs.outputs[int(inputs.offsets[2])] = POISON  # the first row of expert 2
+    change = change_of(inputs, device)
+    others = torch.arange(inputs.num_experts) != 2
+    assert change[2].isnan()
+    assert torch.equal(change[others], expected[others])
 
 
 def test_nothing_outside_the_sums_is_written(device: torch.device) -> None:

@@ -270,6 +270,17 @@ def test_hidden_rows_of_any_stride_give_the_same_bits(device: torch.device) -> N
     assert torch.equal(out_of(inputs, device), expected)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("tokens", [1, 33])
+def test_arrays_may_start_at_any_element(
+    tokens: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    case = ExpertGemmCase(tokens=tokens, hidden_size=37, bias=True, dtype=dtype)
+    inputs = make_expert_gemm(case).to(device)
+    out = expert_gemm(**inputs.embedded(device).arguments())
+    assert torch.equal(out, expert_gemm(**inputs.arguments()))
+
+
 def test_hidden_whose_rows_are_not_contiguous_is_refused() -> None:
     inputs = make_expert_gemm(ExpertGemmCase())
     inputs.hidden = inputs.hidden.T.contiguous().T

@@ -212,6 +212,31 @@ def test_rows_of_any_stride_give_the_same_bits(device: torch.device) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_arrays_may_start_at_any_element(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = make_statistics(StatisticsCase(hidden_size=37, width=33, dtype=dtype))
+    expected = contribution_of(inputs, device)
+    embedded = inputs.to(device).embedded(device)
+    sums = embedded.zero_neuron_contribution()
+    accumulate_neuron_contribution(**embedded.neuron_contribution_arguments(), **sums)
+    assert_checksum(inputs, sums["projection"])
+    for name, value in sums.items():
+        assert torch.equal(value.cpu(), expected[name]), name
+
+
+def test_a_nan_stays_in_its_expert(device: torch.device) -> None:
+    inputs = make_statistics(StatisticsCase(pattern="uniform"))
+    expected = contribution_of(inputs, device)
+    row = int(inputs.offsets[2])  # the first of expert 2
+    inputs.activations[row] = POISON
+    inputs.outputs[row] = POISON
+    sums = contribution_of(inputs, device)
+    others = torch.arange(inputs.num_experts) != 2
+    for name, value in sums.items():
+        assert value[2].isnan().all(), name
+        assert torch.equal(value[others], expected[name][others]), name
+
+
 def test_nothing_outside_the_sums_is_written(device: torch.device) -> None:
     inputs = make_statistics(StatisticsCase(num_experts=3, width=17))
     moved = inputs.to(device)

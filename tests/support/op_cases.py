@@ -122,6 +122,9 @@ class StatisticsInputs:
     def to(self, device: torch.device) -> "StatisticsInputs":
         return StatisticsInputs(**{name: value.to(device) for name, value in vars(self).items()})
 
+    def embedded(self, device: torch.device) -> "StatisticsInputs":
+        return StatisticsInputs(**_all_embedded(vars(self), device))
+
     def with_experts(self, order: Tensor) -> "StatisticsInputs":
         """The same layer with expert order[e] in place e: segments of rows and weights move."""
         bounds = self.offsets.tolist()
@@ -291,6 +294,9 @@ class ExpertGemmInputs:
         }
         return ExpertGemmInputs(**moved)
 
+    def embedded(self, device: torch.device) -> "ExpertGemmInputs":
+        return ExpertGemmInputs(**_all_embedded(vars(self), device))
+
 
 def make_expert_gemm(case: ExpertGemmCase) -> ExpertGemmInputs:
     generator = torch.Generator().manual_seed(case.seed)
@@ -365,7 +371,25 @@ ACTIVATION_CASES = [
 ]
 
 
-# ------------------------------------------------------------------------------------- sentinels
+# ------------------------------------------------------------- what lies around an op's arrays
+
+
+def _all_embedded(fields: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Every float array one element after the start of a buffer that is NaN around it.
+
+    So it has the alignment of one element only, and reading past it spoils the result.
+    """
+
+    def embedded(array: Tensor) -> Tensor:
+        flat = torch.full((array.numel() + 65,), POISON, dtype=array.dtype, device=device)
+        inner = flat[1 : 1 + array.numel()].view(array.shape)
+        return inner.copy_(array)
+
+    return {
+        name: embedded(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in fields.items()
+    }
+
 
 _GUARD_ROWS = 3
 
