@@ -129,9 +129,9 @@ class Plan:
             raise PlanError(f"{path} must be a plan, but cannot be read: {error}") from error
         if not isinstance(document, dict) or document.get("format") != "tenp.plan":
             raise PlanError(f"{path} must be a plan written by tenp, got other JSON")
-        if document["format_version"] != FORMAT_VERSION:
+        if document.get("format_version") != FORMAT_VERSION:
             raise PlanError(
-                f"{path} must have plan format {FORMAT_VERSION}, got {document['format_version']}"
+                f"{path} must have plan format {FORMAT_VERSION}, got {document.get('format_version')}"
             )
         try:
             keep = {entry["layer"]: _read_layer(entry) for entry in document["layers"]}
@@ -147,6 +147,8 @@ class Plan:
 
 
 def _read_layer(entry: dict[str, Any]) -> Tensor:
+    if not entry["keep"]:
+        raise ValueError(f"layer {entry['layer']}: no experts")
     keep = torch.stack([_from_hex(mask, entry["width"]) for mask in entry["keep"]])
     if keep.sum(dim=1).tolist() != entry["widths"]:
         raise ValueError(f"layer {entry['layer']}: widths and keep masks disagree")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -99,12 +100,7 @@ def tokenize(
     chosen = [ids for ids in chosen if len(ids) > 0]
     if not chosen:
         raise DataError(f"domain {domain.name} must give at least one token, got none")
-    highest = max(int(ids.max()) for ids in chosen)
-    if vocabulary is not None and highest >= vocabulary:
-        raise DataError(
-            f"the tokenizer must match the model's {vocabulary} embeddings, got token id {highest}: "
-            "it belongs to another model"
-        )
+    _check_vocabulary(chosen, vocabulary)
     return Samples(domain.name, tuple(chosen))
 
 
@@ -132,21 +128,36 @@ def generate_answers(
         seed: For the choice of prompts and for sampling.
 
     Raises:
-        DataError: A record has no prompt.
+        DataError: A record has no prompt, or the tokenizer does not match the model.
     """
+    prompts = [
+        _token_ids(_prompt_only(record, domain.name), tokenizer, answer_follows=True)[:max_length]
+        for record in _choose(domain.records, samples, seed)
+    ]
+    prompts = [ids for ids in prompts if len(ids) > 0]
+    if not prompts:
+        raise DataError(f"domain {domain.name} must give at least one prompt, got none")
+    embeddings: Any = model.get_input_embeddings()
+    _check_vocabulary(prompts, embeddings.num_embeddings)
     torch.manual_seed(seed)
     answered = []
-    for record in _choose(domain.records, samples, seed):
-        prompt = _token_ids(_prompt_only(record, domain.name), tokenizer, answer_follows=True)[
-            :max_length
-        ]
+    generation: Any = model  # generate() comes from a mixin that the type does not show
+    for prompt in prompts:
         ids = prompt[None].to(model.device)
-        generation: Any = model  # generate() comes from a mixin that the type does not show
         output = generation.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens
         )
         answered.append(output[0].cpu())
     return Samples(domain.name, tuple(answered))
+
+
+def _check_vocabulary(samples: Sequence[Tensor], vocabulary: int | None) -> None:
+    highest = max(int(ids.max()) for ids in samples)
+    if vocabulary is not None and highest >= vocabulary:
+        raise DataError(
+            f"the tokenizer must match the model's {vocabulary} embeddings, got token id {highest}: "
+            "it belongs to another model"
+        )
 
 
 def _prompt_only(record: Record, domain: str) -> Record:
@@ -172,9 +183,14 @@ def _token_ids(
             raise DataError(
                 "messages need a tokenizer with a chat template, got one without; use text or prompt"
             )
-        text = tokenizer.apply_chat_template(
-            record["messages"], tokenize=False, add_generation_prompt=answer_follows
-        )
+        try:
+            text = tokenizer.apply_chat_template(
+                record["messages"], tokenize=False, add_generation_prompt=answer_follows
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise DataError(
+                f"messages must fit the tokenizer's chat template, which says: {error}"
+            ) from error
         # The template writes the special tokens itself.
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,8 @@ def read_domains(sources: Sequence[str | Path]) -> list[TextDomain]:
     Raises:
         DataError: A file is missing, empty, not UTF-8, or holds other records; two share a name.
     """
+    if not sources:
+        raise DataError("there must be at least one file of text, got none")
     domains = [_read(str(source)) for source in sources]
     names = [domain.name for domain in domains]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
@@ -78,12 +81,13 @@ def _read(source: str) -> TextDomain:
 def _read_file(path: Path) -> str:
     try:
         raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        # utf-8-sig also takes UTF-8 without a byte order mark.
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except FileNotFoundError:
         raise DataError(f"{path} must be a text file, but there is none") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} must be UTF-8, but byte {error.start} is not") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
@@ -96,13 +100,35 @@ def _parse(line: str, where: str) -> Record:
 
 
 def _checked(record: Any, where: str) -> Record:
-    found = list(record) if isinstance(record, dict) else type(record).__name__
-    field = next((field for field in FIELDS if isinstance(record, dict) and field in record), None)
+    if not isinstance(record, dict):
+        raise DataError(
+            f"{where} must have one of {', '.join(FIELDS)}, got {type(record).__name__}"
+        )
+    # Tables write a column that a row does not have as null.
+    record = {key: value for key, value in record.items() if value is not None}
+    field = next((field for field in FIELDS if field in record), None)
     if field is None:
-        raise DataError(f"{where} must have one of {', '.join(FIELDS)}, got {found}")
-    if not isinstance(record[field], list if field == "messages" else str):
-        raise DataError(f"{where}: {field} must be a {'list' if field == 'messages' else 'string'}")
+        raise DataError(f"{where} must have one of {', '.join(FIELDS)}, got {list(record)}")
+    if field == "messages":
+        turns = record["messages"]
+        if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
+            raise DataError(f"{where}: messages must be a list of turns with role and content")
+        return record
+    for key in ("prompt", "response") if field == "prompt" else ("text",):
+        value = record.get(key, "")
+        if not isinstance(value, str):
+            raise DataError(f"{where}: {key} must be a string, got {type(value).__name__}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON can spell it, tokenizers cannot read it
+            raise DataError(
+                f"{where}: {key} must be Unicode text, got half of a surrogate pair"
+            ) from None
     return record
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and "role" in turn and "content" in turn
 
 
 def _read_dataset(identifier: str, name: str) -> TextDomain:
