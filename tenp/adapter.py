@@ -10,6 +10,7 @@ Written for transformers 5.8.1 and later; no model family is named here.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,9 +21,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    rename_source_key,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from tenp.errors import CheckpointError, TenpError, Unsupported
@@ -88,19 +98,25 @@ class Experts:
         """Return the biases of gate `[E, I]`, up `[E, I]` and down `[E, H]`, None where there are none."""
         if not self.has_bias:
             return None, None, None
-        joined = self.module.gate_up_proj_bias if self.has_gate else self.module.up_proj_bias
+        joined = (
+            self.module.gate_up_proj_bias if self.has_gate else self.module.up_proj_bias
+        )
         return *self._split(joined, dim=1), self.module.down_proj_bias
 
     def activations(self, expert: int, hidden: Tensor) -> Tensor:
         """Return m `[n, I]` of one expert for hidden states `[n, H]`, in the model's own arithmetic."""
         bias = None
         if self.has_bias:
-            bias = (self.module.gate_up_proj_bias if self.has_gate else self.module.up_proj_bias)[
-                expert
-            ]
+            bias = (
+                self.module.gate_up_proj_bias
+                if self.has_gate
+                else self.module.up_proj_bias
+            )[expert]
         projected = F.linear(hidden, self._up[expert], bias)
         return (
-            self.module._apply_gate(projected) if self.has_gate else self.module.act_fn(projected)
+            self.module._apply_gate(projected)
+            if self.has_gate
+            else self.module.act_fn(projected)
         )
 
     def apply_gate(self, gate: Tensor | None, up: Tensor) -> Tensor:
@@ -111,7 +127,9 @@ class Experts:
             return self.module._apply_gate(torch.cat([gate, up], dim=-1))
         return self.module._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
 
-    def projections(self, parameter: str, fused: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def projections(
+        self, parameter: str, fused: Tensor
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield (`gate`, `up` or `down`, view) of a tensor of all experts, one view per projection.
 
         Args:
@@ -151,8 +169,46 @@ class Experts:
         axis = 0 if is_bias else int(is_down != self._is_transposed)
         index = [torch.nonzero(row).flatten().to(fused.device) for row in keep]
         return torch.stack(
-            [matrix.index_select(axis, at) for matrix, at in zip(fused, index, strict=True)]
+            [
+                matrix.index_select(axis, at)
+                for matrix, at in zip(fused, index, strict=True)
+            ]
         )
+
+    def fuse(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parameters of one expert alone, `[1, ...]` in the family's own layout.
+
+        Args:
+            parts: `gate` `[W, H]` (if there is one), `up` `[W, H]`, `down` `[H, W]` of any width, and
+                their biases as `gate_bias` `[W]`, `up_bias` `[W]`, `down_bias` `[H]`.
+        """
+        fused = {}
+        for suffix in ("", "_bias"):
+            if f"up{suffix}" not in parts:
+                continue
+            up, down = parts[f"up{suffix}"], parts[f"down{suffix}"]
+            if self.has_gate:
+                pair = [parts[f"gate{suffix}"], up]
+                up = (
+                    torch.cat(pair)
+                    if self._is_concatenated
+                    else torch.stack(pair, dim=1).flatten(0, 1)
+                )
+            if not suffix and self._is_transposed:
+                up, down = up.t().contiguous(), down.t().contiguous()
+            fused[f"{'gate_up' if self.has_gate else 'up'}_proj{suffix}"] = up[None]
+            fused[f"down_proj{suffix}"] = down[None]
+        return fused
+
+    def with_parameters(self, parameters: Mapping[str, Tensor]) -> Experts:
+        """Return experts that share all but the weights with these: their gate, limits and flags.
+
+        Args:
+            parameters: By name in the module, of any number of experts and any width.
+        """
+        shell = copy.copy(self.module)
+        shell._parameters = dict(parameters)
+        return Experts(self.layer, self.name, shell)
 
     @property
     def _is_transposed(self) -> bool:
@@ -165,7 +221,9 @@ class Experts:
     @property
     def _up(self) -> Tensor:
         """`[E, 2I, H]` with a gate, in the family's order of rows, else `[E, I, H]`."""
-        return self._oriented(self.module.gate_up_proj if self.has_gate else self.module.up_proj)
+        return self._oriented(
+            self.module.gate_up_proj if self.has_gate else self.module.up_proj
+        )
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.transpose(1, 2) if self._is_transposed else weight
@@ -213,7 +271,9 @@ def _layer_index(name: str) -> int:
 
 
 @contextmanager
-def experts_replaced(model: PreTrainedModel, function: ExpertsFunction) -> Iterator[None]:
+def experts_replaced(
+    model: PreTrainedModel, function: ExpertsFunction
+) -> Iterator[None]:
     """Let `function(module, hidden, top_k_index, top_k_weights)` stand in for all routed experts."""
     before = model.get_experts_implementation()
     ALL_EXPERTS_FUNCTIONS.register(_CALIBRATION, function)
@@ -256,12 +316,18 @@ def load_model(
     config = load_config(directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            directory, config=config, dtype=dtype, device_map=device, output_loading_info=True
+            directory,
+            config=config,
+            dtype=dtype,
+            device_map=device,
+            output_loading_info=True,
         )
     except TenpError:
         raise
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{directory} cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(
+            f"{directory} cannot be loaded: {_first_line(error)}"
+        ) from error
     except ValueError as error:
         raise Unsupported(f"{directory}: {_first_line(error)}") from error
     model, report = loaded
@@ -304,7 +370,9 @@ class ExpertTensor:
     part: str
 
 
-def expert_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, ExpertTensor]:
+def expert_tensors(
+    model: PreTrainedModel, names: Iterable[str]
+) -> dict[str, ExpertTensor]:
     """Tell which checkpoint tensors hold routed experts, by transformers' own weight conversions.
 
     Args:
@@ -315,8 +383,12 @@ def expert_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Ex
         CheckpointError: An expert's tensor is missing or named in no known way.
     """
     transforms = get_model_conversion_mapping(model)
-    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    renamings = [
+        transform for transform in transforms if isinstance(transform, WeightRenaming)
+    ]
+    converters = [
+        transform for transform in transforms if isinstance(transform, WeightConverter)
+    ]
     parameters = model.state_dict()
     layers = {experts.name: experts for experts in find_experts(model)}
     found: dict[str, ExpertTensor] = {}
@@ -333,7 +405,9 @@ def expert_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Ex
             continue
         number = re.search(r"experts\.(\d+)\.", name)
         if number is None:
-            raise CheckpointError(f"{name} must name an expert by number, as {pattern} does")
+            raise CheckpointError(
+                f"{name} must name an expert by number, as {pattern} does"
+            )
         found[name] = ExpertTensor(
             module, layer, int(number[1]), _part(parameter, pattern, converters)
         )
@@ -343,7 +417,9 @@ def expert_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Ex
 def _part(parameter: str, pattern: str, converters: Iterable[WeightConverter]) -> str:
     """Gate comes before up in every converter that concatenates the two."""
     if parameter == "gate_up_proj":
-        sources = next(c.source_patterns for c in converters if pattern in c.source_patterns)
+        sources = next(
+            c.source_patterns for c in converters if pattern in c.source_patterns
+        )
         return ("gate", "up")[sources.index(pattern)]
     return parameter.removesuffix("_proj")
 

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads tensors of a checkpoint with plain reads, and notices when its files change meanwhile.
+
+Memory-mapped files are simpler, but a shard that is cut off while it is mapped kills the process;
+a read that comes up short can be told to the user. Reads are counted, and any thread may read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tenp.checkpoint import Checkpoint
+from tenp.errors import CheckpointError
+
+#: One read of so many bytes is as fast as a larger one and leaves the lock of the file often.
+_CHUNK = 16 << 20
+
+
+class Reader:
+    """The tensors of a checkpoint, whole or by rows.
+
+    Attributes:
+        checkpoint: Where they lie.
+        bytes: Bytes read so far, by all threads.
+        error: What went wrong first; loaders that run in threads may hide what was raised.
+
+    Args:
+        checkpoint: Its shards must stay as they are as long as the reader is used.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.bytes = 0
+        self.error: CheckpointError | None = None
+        self._lock = threading.Lock()
+        self._files: dict[str, int] = {}
+        self._states = {
+            shard: _state(checkpoint.directory / shard) for shard in checkpoint.shards()
+        }
+
+    def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
+        """Return a tensor in its stored dtype.
+
+        Args:
+            name: Of the tensor.
+            first: First row, along the leading axis.
+            count: Rows; None reads to the end.
+
+        Raises:
+            CheckpointError: The shard is gone, has changed, or cannot be read.
+        """
+        entry = self.checkpoint.tensors[name]
+        shape = entry.shape
+        skipped = 0
+        if count is not None:
+            skipped = first * (entry.bytes // shape[0])
+            shape = (count, *shape[1:])
+        tensor = torch.empty(shape, dtype=entry.dtype)
+        if tensor.numel():
+            self._fill(
+                entry.shard, entry.begin + skipped, tensor.view(-1).view(torch.uint8)
+            )
+        return tensor
+
+    def touch(self, names: Iterable[str], stop: threading.Event) -> None:
+        """Bring tensors into the page cache, which costs no memory that anyone holds."""
+        scratch = torch.empty(_CHUNK, dtype=torch.uint8)
+        for name in names:
+            entry = self.checkpoint.tensors[name]
+            for offset in range(0, entry.bytes, _CHUNK):
+                if stop.is_set():
+                    return
+                size = min(_CHUNK, entry.bytes - offset)
+                os.preadv(
+                    self._file(entry.shard),
+                    [scratch[:size].numpy().data],
+                    entry.begin + offset,
+                )
+
+    def close(self) -> None:
+        """Close the files."""
+        with self._lock:
+            for file in self._files.values():
+                os.close(file)
+            self._files.clear()
+
+    def _fill(self, shard: str, begin: int, buffer: Tensor) -> None:
+        path = self.checkpoint.directory / shard
+        file = self._file(shard)
+        view = buffer.numpy().data
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(file, [view[done : done + _CHUNK]], begin + done)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{path} cannot be read: {error.strerror}"
+                ) from error
+            if got == 0:
+                break
+            done += got
+        if done < len(view) or _state(path) != self._states[shard]:
+            raise CheckpointError(
+                f"{path} must stay as it was when the run began, but it has changed meanwhile; "
+                "put the original back and run the same command again"
+            )
+        with self._lock:
+            self.bytes += done
+
+    def _file(self, shard: str) -> int:
+        with self._lock:
+            if shard not in self._files:
+                path = self.checkpoint.directory / shard
+                try:
+                    self._files[shard] = os.open(path, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{path} cannot be read: {error.strerror}"
+                    ) from error
+            return self._files[shard]
+
+
+class LazyTensor:
+    """A tensor that is read when it is indexed with `...`, as loaders of transformers do."""
+
+    def __init__(self, reader: Reader, name: str) -> None:
+        self._reader, self._name = reader, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Read it."""
+        try:
+            return self._reader.read(self._name)[index]
+        except CheckpointError as error:
+            self._reader.error = error
+            raise
+
+    def get_shape(self) -> list[int]:
+        """Return its shape, like safetensors."""
+        return list(self._reader.checkpoint.tensors[self._name].shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its stored dtype."""
+        return self._reader.checkpoint.tensors[self._name].dtype
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    """What changes when somebody replaces or rewrites a file."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} must stay as it was when the run began, but it cannot be found: {error.strerror}; "
+            "put it back and run the same command again"
+        ) from error
+    return status.st_ino, status.st_size, status.st_mtime_ns

@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration layer by layer, with weights read from the checkpoint when they are needed.
+
+All batches go through layer 0, then all through layer 1, and so on. With `layers` one layer is in
+memory at a time; with `experts` a layer without its routed experts, which are read one after
+another, used for all tokens that chose them, and dropped. Batches, and the code that adds up the
+statistics, are those of `tenp.calibration`, so the results are the same bits.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tenp.adapter import Experts, experts_replaced
+from tenp.calibration import (
+    Routed,
+    add_experts,
+    column_norms,
+    domain_sums,
+    route,
+)
+from tenp.layerwise import LayerwiseModel
+from tenp.samples import Samples
+from tenp.source import Source
+from tenp.statistics import Domain, LayerStatistics, Statistics
+from tenp.storage import Storage
+
+Stream = Literal["none", "layers", "experts"]
+
+#: Experts read ahead while one computes; more would not be faster, because reads are sequential.
+READ_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch of the run and the domain that it is of."""
+
+    domain: int
+    ids: Tensor  # [B, n]
+    mask: Tensor  # [B, n]
+
+    @property
+    def attended(self) -> Tensor:
+        """`[B n]`, bool."""
+        return self.mask.flatten().bool()
+
+    @property
+    def tokens(self) -> int:
+        """Attended tokens."""
+        return int(self.mask.sum())
+
+
+def make_batches(samples: Sequence[Samples], batch_tokens: int) -> list[Batch]:
+    """Return the batches of all domains in the order in which calibration in memory runs them."""
+    return [
+        Batch(row, ids, mask)
+        for row, domain in enumerate(samples)
+        for ids, mask in domain.batches(batch_tokens)
+    ]
+
+
+class Progress(Protocol):
+    """Told what has been done."""
+
+    def __call__(self, label: str, tokens: int, /) -> None:
+        """`label` says where the run is; `tokens` have passed one more layer since the last call."""
+
+
+class _Recorded(Exception):
+    """Ends a forward when the input of the experts is known."""
+
+
+class StreamedCalibration:
+    """One calibration, layer by layer.
+
+    Args:
+        model: The model.
+        batches: What to run it on.
+        stream: `layers` or `experts`.
+        storage: Room for activations.
+        progress: Told of every batch or expert.
+    """
+
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        batches: Sequence[Batch],
+        stream: Stream,
+        storage: Storage,
+        progress: Progress | None = None,
+    ) -> None:
+        self._model, self._batches, self._stream = model, batches, stream
+        self._storage, self._progress = storage, progress
+        self._device = model.device
+        self.hidden: list[Tensor] | None = (
+            None  # [B, n, H] of every batch: the next layer's input
+        )
+        self.last_layer = max(model.experts)  # nothing after it is measured
+
+    def start(self) -> None:
+        """Load the embeddings that the batches need."""
+        self._model.set_embeddings(
+            torch.cat([batch.ids.flatten() for batch in self._batches])
+        )
+
+    def run_layer(self, layer: int, sums: LayerStatistics | None) -> None:
+        """Run all batches through a layer and add its statistics.
+
+        Args:
+            layer: The next layer.
+            sums: The statistics of the layer, added to; None for a layer without routed experts.
+        """
+        model = self._model
+        model.load(layer)
+        is_last = layer == self.last_layer
+        if sums is None:
+            outputs = self._forward(layer, None)
+        elif self._stream == "experts":
+            outputs = self._run_experts_apart(layer, sums, is_last)
+        else:
+            read = model.expert_reader(layer)
+            model.load_experts(layer, read)
+            experts = model.experts[layer]
+            sums["down_norm"].copy_(column_norms(experts.down))
+            outputs = self._forward(layer, self._measuring(experts, sums))
+        model.free(layer)
+        if layer == 0:
+            model.free_embeddings()
+        self.hidden = outputs
+
+    def _forward(
+        self, layer: int, experts: Callable[[int], Callable[..., Tensor]] | None
+    ) -> list[Tensor]:
+        """Run all batches; `experts(batch)` gives the function that stands in for the experts."""
+        outputs: list[Tensor] = []
+        for number, batch in enumerate(self._batches):
+            function = experts(number) if experts else _no_experts
+            with experts_replaced(self._model.model, function):
+                result = self._run(layer, number)
+            if not outputs:
+                outputs = self._room(result.dtype, result.shape[-1])
+            outputs[number].copy_(result)
+            self._report(layer, "", batch.tokens)
+        return outputs
+
+    def _run(self, layer: int, number: int) -> Tensor:
+        batch = self._batches[number]
+        hidden = None if self.hidden is None else self.hidden[number].to(self._device)
+        return self._model.run(
+            layer, batch.ids.to(self._device), batch.mask.to(self._device), hidden
+        )
+
+    def _measuring(
+        self, experts: Experts, sums: LayerStatistics
+    ) -> Callable[[int], Callable[..., Tensor]]:
+        def of_batch(number: int) -> Callable[..., Tensor]:
+            batch = self._batches[number]
+
+            def compute(
+                module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor
+            ) -> Tensor:
+                routed = route(
+                    experts, hidden, index, weights, batch.attended.to(hidden.device)
+                )
+                out = torch.zeros(
+                    hidden.shape, dtype=torch.float32, device=hidden.device
+                )
+                add_experts(experts, routed, domain_sums(sums, batch.domain), out)
+                return out.to(hidden.dtype)
+
+            return compute
+
+        return of_batch
+
+    def _run_experts_apart(
+        self, layer: int, sums: LayerStatistics, is_last: bool
+    ) -> list[Tensor]:
+        """Run a layer up to its experts, the experts one by one, and then the whole layer."""
+        experts = self._model.experts[layer]
+        routed = self._record(layer, experts)
+        results = self._storage.allocate(
+            [batch.hidden.shape for batch in routed], torch.float32
+        )
+        read = self._model.expert_reader(layer)
+        count = experts.num_experts
+        total = sum(batch.tokens for batch in self._batches)
+        for expert, parameters in enumerate(read_ahead(read, count)):
+            one = experts.with_parameters(
+                {name: value.to(self._device) for name, value in parameters.items()}
+            )
+            sums["down_norm"][expert : expert + 1].copy_(column_norms(one.down))
+            for batch, rows, result in zip(self._batches, routed, results, strict=True):
+                mine = {
+                    name: value[expert : expert + 1]
+                    for name, value in domain_sums(sums, batch.domain).items()
+                }
+                rows = Routed(
+                    rows.hidden.to(self._device), rows.offsets, rows.tokens, rows.gates
+                )
+                out = result.to(self._device)
+                add_experts(one, rows, mine, out, first=expert)
+                if out is not result:
+                    result.copy_(out)
+            done = total * (expert + 1) // count - total * expert // count
+            self._report(layer, f", expert {expert + 1} of {count}", done)
+        if is_last:
+            return []
+
+        def returning(number: int) -> Callable[..., Tensor]:
+            return lambda module, hidden, index, weights: (
+                results[number].to(hidden.device).to(hidden.dtype)
+            )
+
+        outputs: list[Tensor] = []
+        for number in range(len(self._batches)):
+            with experts_replaced(self._model.model, returning(number)):
+                output = self._run(layer, number)
+            if not outputs:
+                outputs = self._room(output.dtype, output.shape[-1])
+            outputs[number].copy_(output)
+        return outputs
+
+    def _record(self, layer: int, experts: Experts) -> list[Routed]:
+        """Run a layer up to its experts on all batches and return what they would get."""
+        recorded: list[Routed] = []
+        inputs: list[Tensor] = []
+        for number, batch in enumerate(self._batches):
+
+            def record(
+                module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor
+            ) -> Tensor:
+                attended = self._batches[number].attended.to(hidden.device)  # noqa: B023
+                recorded.append(route(experts, hidden, index, weights, attended))
+                raise _Recorded
+
+            try:
+                with experts_replaced(self._model.model, record):
+                    self._run(layer, number)
+            except _Recorded:
+                pass
+            routed = recorded[number]
+            if not inputs:
+                shapes = [
+                    (b.ids.numel(), routed.hidden.shape[1]) for b in self._batches
+                ]
+                inputs = self._storage.allocate(shapes, routed.hidden.dtype)
+            inputs[number].copy_(routed.hidden)
+            recorded[number] = Routed(
+                inputs[number], routed.offsets, routed.tokens, routed.gates
+            )
+        return recorded
+
+    def _room(self, dtype: torch.dtype, size: int) -> list[Tensor]:
+        return self._storage.allocate(
+            [(*batch.ids.shape, size) for batch in self._batches], dtype
+        )
+
+    def _report(self, layer: int, where: str, tokens: int) -> None:
+        if self._progress is not None:
+            self._progress(f"layer {layer + 1} of {self.last_layer + 1}{where}", tokens)
+
+
+def _no_experts(module: nn.Module, *_: Any) -> Tensor:
+    raise AssertionError("a layer without routed experts called some")
+
+
+def read_ahead(
+    read: Callable[[int], dict[str, Tensor]], count: int
+) -> Iterator[dict[str, Tensor]]:
+    """Yield `read(0)` to `read(count - 1)`, read in a thread of its own, `READ_AHEAD` at most waiting."""
+    waiting: queue.Queue[dict[str, Tensor] | Exception] = queue.Queue(READ_AHEAD)
+    stopped = threading.Event()
+
+    def put(item: dict[str, Tensor] | Exception) -> None:
+        while not stopped.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for number in range(count):
+                if stopped.is_set():
+                    return
+                put(read(number))
+        except Exception as error:  # noqa: BLE001 - raised again in the thread that waits
+            put(error)
+
+    thread = threading.Thread(target=work, name="tenp-read-ahead", daemon=True)
+    thread.start()
+    try:
+        for _ in range(count):
+            item = waiting.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            del item
+    finally:
+        stopped.set()
+        thread.join()
+
+
+@torch.no_grad()
+def collect(
+    model: LayerwiseModel,
+    samples: Sequence[Samples],
+    source: Source,
+    settings: dict[str, Any] | None = None,
+    batch_tokens: int = 4096,
+    stream: Stream = "layers",
+    storage: Storage | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Calibrate like `tenp.calibration.collect`, with the weights read layer by layer.
+
+    Args:
+        model: The dense model.
+        samples: One entry per domain.
+        source: The checkpoint that `model` reads.
+        settings: Recorded in the statistics.
+        batch_tokens: Token positions per forward pass.
+        stream: `layers` or `experts`.
+        storage: Room for activations; in memory if not given.
+        progress: Told of every batch or expert.
+
+    Returns:
+        The same bits as calibration in memory with the same dtype and batches.
+    """
+    statistics = empty_statistics(model, samples, source, settings or {})
+    run = StreamedCalibration(
+        model,
+        make_batches(samples, batch_tokens),
+        stream,
+        storage or Storage(),
+        progress,
+    )
+    run.start()
+    for layer in range(run.last_layer + 1):
+        run.run_layer(layer, statistics.layers.get(layer))
+    for tensors in statistics.layers.values():
+        tensors.update({name: tensor.cpu() for name, tensor in tensors.items()})
+    return statistics
+
+
+def empty_statistics(
+    model: LayerwiseModel,
+    samples: Sequence[Samples],
+    source: Source,
+    settings: dict[str, Any],
+) -> Statistics:
+    """Return statistics of no token, on the model's device."""
+    domains = [Domain(s.domain, len(s.ids), s.tokens(), (s.digest(),)) for s in samples]
+    shapes = {
+        layer: (experts.num_experts, experts.width)
+        for layer, experts in model.experts.items()
+    }
+    return Statistics.zeros(source, domains, shapes, settings, device=model.device)
