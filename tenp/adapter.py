@@ -98,25 +98,19 @@ class Experts:
         """Return the biases of gate `[E, I]`, up `[E, I]` and down `[E, H]`, None where there are none."""
         if not self.has_bias:
             return None, None, None
-        joined = (
-            self.module.gate_up_proj_bias if self.has_gate else self.module.up_proj_bias
-        )
+        joined = self.module.gate_up_proj_bias if self.has_gate else self.module.up_proj_bias
         return *self._split(joined, dim=1), self.module.down_proj_bias
 
     def activations(self, expert: int, hidden: Tensor) -> Tensor:
         """Return m `[n, I]` of one expert for hidden states `[n, H]`, in the model's own arithmetic."""
         bias = None
         if self.has_bias:
-            bias = (
-                self.module.gate_up_proj_bias
-                if self.has_gate
-                else self.module.up_proj_bias
-            )[expert]
+            bias = (self.module.gate_up_proj_bias if self.has_gate else self.module.up_proj_bias)[
+                expert
+            ]
         projected = F.linear(hidden, self._up[expert], bias)
         return (
-            self.module._apply_gate(projected)
-            if self.has_gate
-            else self.module.act_fn(projected)
+            self.module._apply_gate(projected) if self.has_gate else self.module.act_fn(projected)
         )
 
     def apply_gate(self, gate: Tensor | None, up: Tensor) -> Tensor:
@@ -127,9 +121,7 @@ class Experts:
             return self.module._apply_gate(torch.cat([gate, up], dim=-1))
         return self.module._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
 
-    def projections(
-        self, parameter: str, fused: Tensor
-    ) -> Iterator[tuple[str, Tensor]]:
+    def projections(self, parameter: str, fused: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield (`gate`, `up` or `down`, view) of a tensor of all experts, one view per projection.
 
         Args:
@@ -169,10 +161,7 @@ class Experts:
         axis = 0 if is_bias else int(is_down != self._is_transposed)
         index = [torch.nonzero(row).flatten().to(fused.device) for row in keep]
         return torch.stack(
-            [
-                matrix.index_select(axis, at)
-                for matrix, at in zip(fused, index, strict=True)
-            ]
+            [matrix.index_select(axis, at) for matrix, at in zip(fused, index, strict=True)]
         )
 
     def fuse(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -221,9 +210,7 @@ class Experts:
     @property
     def _up(self) -> Tensor:
         """`[E, 2I, H]` with a gate, in the family's order of rows, else `[E, I, H]`."""
-        return self._oriented(
-            self.module.gate_up_proj if self.has_gate else self.module.up_proj
-        )
+        return self._oriented(self.module.gate_up_proj if self.has_gate else self.module.up_proj)
 
     def _oriented(self, weight: Tensor) -> Tensor:
         return weight.transpose(1, 2) if self._is_transposed else weight
@@ -271,9 +258,7 @@ def _layer_index(name: str) -> int:
 
 
 @contextmanager
-def experts_replaced(
-    model: PreTrainedModel, function: ExpertsFunction
-) -> Iterator[None]:
+def experts_replaced(model: PreTrainedModel, function: ExpertsFunction) -> Iterator[None]:
     """Let `function(module, hidden, top_k_index, top_k_weights)` stand in for all routed experts."""
     before = model.get_experts_implementation()
     ALL_EXPERTS_FUNCTIONS.register(_CALIBRATION, function)
@@ -325,9 +310,7 @@ def load_model(
     except TenpError:
         raise
     except (OSError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{directory} cannot be loaded: {_first_line(error)}"
-        ) from error
+        raise CheckpointError(f"{directory} cannot be loaded: {_first_line(error)}") from error
     except ValueError as error:
         raise Unsupported(f"{directory}: {_first_line(error)}") from error
     model, report = loaded
@@ -370,9 +353,7 @@ class ExpertTensor:
     part: str
 
 
-def expert_tensors(
-    model: PreTrainedModel, names: Iterable[str]
-) -> dict[str, ExpertTensor]:
+def expert_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, ExpertTensor]:
     """Tell which checkpoint tensors hold routed experts, by transformers' own weight conversions.
 
     Args:
@@ -383,12 +364,8 @@ def expert_tensors(
         CheckpointError: An expert's tensor is missing or named in no known way.
     """
     transforms = get_model_conversion_mapping(model)
-    renamings = [
-        transform for transform in transforms if isinstance(transform, WeightRenaming)
-    ]
-    converters = [
-        transform for transform in transforms if isinstance(transform, WeightConverter)
-    ]
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     parameters = model.state_dict()
     layers = {experts.name: experts for experts in find_experts(model)}
     found: dict[str, ExpertTensor] = {}
@@ -405,9 +382,7 @@ def expert_tensors(
             continue
         number = re.search(r"experts\.(\d+)\.", name)
         if number is None:
-            raise CheckpointError(
-                f"{name} must name an expert by number, as {pattern} does"
-            )
+            raise CheckpointError(f"{name} must name an expert by number, as {pattern} does")
         found[name] = ExpertTensor(
             module, layer, int(number[1]), _part(parameter, pattern, converters)
         )
@@ -417,9 +392,7 @@ def expert_tensors(
 def _part(parameter: str, pattern: str, converters: Iterable[WeightConverter]) -> str:
     """Gate comes before up in every converter that concatenates the two."""
     if parameter == "gate_up_proj":
-        sources = next(
-            c.source_patterns for c in converters if pattern in c.source_patterns
-        )
+        sources = next(c.source_patterns for c in converters if pattern in c.source_patterns)
         return ("gate", "up")[sources.index(pattern)]
     return parameter.removesuffix("_proj")
 

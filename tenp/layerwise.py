@@ -59,9 +59,7 @@ class LayerwiseModel:
         config = adapter.load_config(reader.checkpoint.directory)
         try:
             with init_empty_weights(include_buffers=False):
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype
-                )
+                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except ValueError as error:
             raise Unsupported(f"{config.model_type}: {error}") from error
         self.model.eval().requires_grad_(False)
@@ -75,12 +73,8 @@ class LayerwiseModel:
         self._path = found[0].name.split(f".{found[0].layer}.")[0]
         self.layers: Any = self.model.get_submodule(self._path)
         self._targets = self._target_names()
-        self._expert_names = adapter.expert_tensors(
-            self.model, reader.checkpoint.tensors
-        )
-        self._returned: dict[
-            int, int
-        ] = {}  # layer: how many values it returns, 0 for no tuple
+        self._expert_names = adapter.expert_tensors(self.model, reader.checkpoint.tensors)
+        self._returned: dict[int, int] = {}  # layer: how many values it returns, 0 for no tuple
         self._load_rest()
 
     def __len__(self) -> int:
@@ -119,9 +113,7 @@ class LayerwiseModel:
                         parameter.to("meta"), requires_grad=False
                     )
 
-    def load_experts(
-        self, layer: int, read: Callable[[int], dict[str, Tensor]]
-    ) -> None:
+    def load_experts(self, layer: int, read: Callable[[int], dict[str, Tensor]]) -> None:
         """Give a layer its routed experts, one by one into their place.
 
         Args:
@@ -147,25 +139,17 @@ class LayerwiseModel:
             ids: Every token id that layer 0 will be run on.
         """
         embedding: Any = self.model.get_input_embeddings()
-        path = next(
-            name for name, module in self.model.named_modules() if module is embedding
-        )
-        source = [
-            name for name, target in self._targets.items() if target == f"{path}.weight"
-        ]
+        path = next(name for name, module in self.model.named_modules() if module is embedding)
+        source = [name for name, target in self._targets.items() if target == f"{path}.weight"]
         if len(source) != 1 or type(embedding).forward is None:
             raise CheckpointError(
                 f"{self._reader.checkpoint.directory} must hold {path}.weight, got {source}"
             )
         known = torch.unique(ids)
-        rows = [
-            self._reader.read(source[0], first=row, count=1) for row in known.tolist()
-        ]
+        rows = [self._reader.read(source[0], first=row, count=1) for row in known.tolist()]
         table = torch.cat(rows).to(self._dtype).to(self.device)
         embedding.weight = nn.Parameter(table, requires_grad=False)
-        embedding.padding_idx = (
-            None  # matters to gradients only, and names a row of the full table
-        )
+        embedding.padding_idx = None  # matters to gradients only, and names a row of the full table
         known = known.to(self.device)
         self._embedding_hook = embedding.register_forward_pre_hook(
             lambda _, args: (torch.searchsorted(known, args[0]), *args[1:])
@@ -179,9 +163,7 @@ class LayerwiseModel:
         )
 
     @torch.no_grad()
-    def run(
-        self, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None
-    ) -> Tensor:
+    def run(self, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None) -> Tensor:
         """Run one layer on one batch.
 
         Args:
@@ -238,9 +220,7 @@ class LayerwiseModel:
 
     def expert_reader(self, layer: int) -> Callable[[int], dict[str, Tensor]]:
         """Return a function that reads the parameters of one expert of a layer; any thread may call it."""
-        return expert_reader(
-            self.experts[layer], self._expert_names, self._reader, self._dtype
-        )
+        return expert_reader(self.experts[layer], self._expert_names, self._reader, self._dtype)
 
     def _note(self, layer: int, output: Any) -> Tensor:
         if isinstance(output, Tensor):
@@ -281,9 +261,7 @@ class LayerwiseModel:
             self.model.get_output_embeddings(),
         )
         skipped = tuple(
-            f"{name}."
-            for name, module in self.model.named_modules()
-            if module in embeddings
+            f"{name}." for name, module in self.model.named_modules() if module in embeddings
         )
         known = self.model.state_dict().keys()
         self._load(
@@ -343,10 +321,7 @@ def expert_reader(
             part: reader.read(name, first=expert, count=1).to(dtype)
             for part, name in names.get(None, {}).items()
         }
-        single = {
-            part: reader.read(name).to(dtype)
-            for part, name in names.get(expert, {}).items()
-        }
+        single = {part: reader.read(name).to(dtype) for part, name in names.get(expert, {}).items()}
         return {**stacked, **(experts.fuse(single) if single else {})}
 
     return read

@@ -64,9 +64,7 @@ class Reader:
             shape = (count, *shape[1:])
         tensor = torch.empty(shape, dtype=entry.dtype)
         if tensor.numel():
-            self._fill(
-                entry.shard, entry.begin + skipped, tensor.view(-1).view(torch.uint8)
-            )
+            self._fill(entry.shard, entry.begin + skipped, tensor.view(-1).view(torch.uint8))
         return tensor
 
     def touch(self, names: Iterable[str], stop: threading.Event) -> None:
@@ -100,9 +98,7 @@ class Reader:
             try:
                 got = os.preadv(file, [view[done : done + _CHUNK]], begin + done)
             except OSError as error:
-                raise CheckpointError(
-                    f"{path} cannot be read: {error.strerror}"
-                ) from error
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
             if got == 0:
                 break
             done += got
@@ -121,9 +117,7 @@ class Reader:
                 try:
                     self._files[shard] = os.open(path, os.O_RDONLY)
                 except OSError as error:
-                    raise CheckpointError(
-                        f"{path} cannot be read: {error.strerror}"
-                    ) from error
+                    raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
             return self._files[shard]
 
 

@@ -38,28 +38,19 @@ class Storage:
         directory: Path | None = None,
     ) -> None:
         self.offload = offload
-        self._device = (
-            torch.device(device) if offload == "device" else torch.device("cpu")
-        )
+        self._device = torch.device(device) if offload == "device" else torch.device("cpu")
         self._temporary = directory is None and offload == "disk"
-        self._directory = (
-            Path(tempfile.mkdtemp(prefix="tenp-")) if self._temporary else directory
-        )
+        self._directory = Path(tempfile.mkdtemp(prefix="tenp-")) if self._temporary else directory
         self._names = 0
 
-    def allocate(
-        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype
-    ) -> list[Tensor]:
+    def allocate(self, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
         """Return zeros of the given shapes.
 
         Raises:
             CheckpointError: The disk has no room for them.
         """
         if self.offload != "disk":
-            return [
-                torch.zeros(tuple(shape), dtype=dtype, device=self._device)
-                for shape in shapes
-            ]
+            return [torch.zeros(tuple(shape), dtype=dtype, device=self._device) for shape in shapes]
         assert self._directory is not None
         self._names += 1
         path = self._directory / f"activations-{os.getpid()}-{self._names}.tmp"
@@ -109,6 +100,5 @@ def map_file(
             ) from error
     whole = torch.from_file(str(path), shared=True, size=total, dtype=dtype)
     return [
-        piece.view(tuple(shape))
-        for piece, shape in zip(whole.split(counts), shapes, strict=True)
+        piece.view(tuple(shape)) for piece, shape in zip(whole.split(counts), shapes, strict=True)
     ]

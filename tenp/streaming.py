@@ -99,16 +99,12 @@ class StreamedCalibration:
         self._model, self._batches, self._stream = model, batches, stream
         self._storage, self._progress = storage, progress
         self._device = model.device
-        self.hidden: list[Tensor] | None = (
-            None  # [B, n, H] of every batch: the next layer's input
-        )
+        self.hidden: list[Tensor] | None = None  # [B, n, H] of every batch: the next layer's input
         self.last_layer = max(model.experts)  # nothing after it is measured
 
     def start(self) -> None:
         """Load the embeddings that the batches need."""
-        self._model.set_embeddings(
-            torch.cat([batch.ids.flatten() for batch in self._batches])
-        )
+        self._model.set_embeddings(torch.cat([batch.ids.flatten() for batch in self._batches]))
 
     def run_layer(self, layer: int, sums: LayerStatistics | None) -> None:
         """Run all batches through a layer and add its statistics.
@@ -166,12 +162,8 @@ class StreamedCalibration:
             def compute(
                 module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor
             ) -> Tensor:
-                routed = route(
-                    experts, hidden, index, weights, batch.attended.to(hidden.device)
-                )
-                out = torch.zeros(
-                    hidden.shape, dtype=torch.float32, device=hidden.device
-                )
+                routed = route(experts, hidden, index, weights, batch.attended.to(hidden.device))
+                out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
                 add_experts(experts, routed, domain_sums(sums, batch.domain), out)
                 return out.to(hidden.dtype)
 
@@ -179,15 +171,11 @@ class StreamedCalibration:
 
         return of_batch
 
-    def _run_experts_apart(
-        self, layer: int, sums: LayerStatistics, is_last: bool
-    ) -> list[Tensor]:
+    def _run_experts_apart(self, layer: int, sums: LayerStatistics, is_last: bool) -> list[Tensor]:
         """Run a layer up to its experts, the experts one by one, and then the whole layer."""
         experts = self._model.experts[layer]
         routed = self._record(layer, experts)
-        results = self._storage.allocate(
-            [batch.hidden.shape for batch in routed], torch.float32
-        )
+        results = self._storage.allocate([batch.hidden.shape for batch in routed], torch.float32)
         read = self._model.expert_reader(layer)
         count = experts.num_experts
         total = sum(batch.tokens for batch in self._batches)
@@ -201,9 +189,7 @@ class StreamedCalibration:
                     name: value[expert : expert + 1]
                     for name, value in domain_sums(sums, batch.domain).items()
                 }
-                rows = Routed(
-                    rows.hidden.to(self._device), rows.offsets, rows.tokens, rows.gates
-                )
+                rows = Routed(rows.hidden.to(self._device), rows.offsets, rows.tokens, rows.gates)
                 out = result.to(self._device)
                 add_experts(one, rows, mine, out, first=expert)
                 if out is not result:
@@ -233,9 +219,7 @@ class StreamedCalibration:
         inputs: list[Tensor] = []
         for number, batch in enumerate(self._batches):
 
-            def record(
-                module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor
-            ) -> Tensor:
+            def record(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
                 attended = self._batches[number].attended.to(hidden.device)  # noqa: B023
                 recorded.append(route(experts, hidden, index, weights, attended))
                 raise _Recorded
@@ -247,20 +231,14 @@ class StreamedCalibration:
                 pass
             routed = recorded[number]
             if not inputs:
-                shapes = [
-                    (b.ids.numel(), routed.hidden.shape[1]) for b in self._batches
-                ]
+                shapes = [(b.ids.numel(), routed.hidden.shape[1]) for b in self._batches]
                 inputs = self._storage.allocate(shapes, routed.hidden.dtype)
             inputs[number].copy_(routed.hidden)
-            recorded[number] = Routed(
-                inputs[number], routed.offsets, routed.tokens, routed.gates
-            )
+            recorded[number] = Routed(inputs[number], routed.offsets, routed.tokens, routed.gates)
         return recorded
 
     def _room(self, dtype: torch.dtype, size: int) -> list[Tensor]:
-        return self._storage.allocate(
-            [(*batch.ids.shape, size) for batch in self._batches], dtype
-        )
+        return self._storage.allocate([(*batch.ids.shape, size) for batch in self._batches], dtype)
 
     def _report(self, layer: int, where: str, tokens: int) -> None:
         if self._progress is not None:
@@ -271,9 +249,7 @@ def _no_experts(module: nn.Module, *_: Any) -> Tensor:
     raise AssertionError("a layer without routed experts called some")
 
 
-def read_ahead(
-    read: Callable[[int], dict[str, Tensor]], count: int
-) -> Iterator[dict[str, Tensor]]:
+def read_ahead(read: Callable[[int], dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
     """Yield `read(0)` to `read(count - 1)`, read in a thread of its own, `READ_AHEAD` at most waiting."""
     waiting: queue.Queue[dict[str, Tensor] | Exception] = queue.Queue(READ_AHEAD)
     stopped = threading.Event()
@@ -360,7 +336,6 @@ def empty_statistics(
     """Return statistics of no token, on the model's device."""
     domains = [Domain(s.domain, len(s.ids), s.tokens(), (s.digest(),)) for s in samples]
     shapes = {
-        layer: (experts.num_experts, experts.width)
-        for layer, experts in model.experts.items()
+        layer: (experts.num_experts, experts.width) for layer, experts in model.experts.items()
     }
     return Statistics.zeros(source, domains, shapes, settings, device=model.device)
