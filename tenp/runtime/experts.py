@@ -94,6 +94,7 @@ class TenpExperts(nn.Module):
             gated=self.has_gate,
             limit=limit,
             alpha=alpha,
+            max_width=max(self.widths),
         )
 
     def _forward_in_torch(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
