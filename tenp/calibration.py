@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tenp import ops
+from tenp import moments, ops
 from tenp.adapter import Experts, experts_replaced, find_experts
-from tenp.errors import InvalidArgument
+from tenp.errors import DataError, InvalidArgument
 from tenp.samples import Samples
 from tenp.source import Source
-from tenp.statistics import STATISTICS, Domain, LayerStatistics, Statistics
+from tenp.statistics import ALL_STATISTICS, Domain, LayerStatistics, Statistics
 
 Progress = Callable[[str, int], None]
 
@@ -33,6 +34,7 @@ def collect(
     settings: dict[str, Any] | None = None,
     batch_tokens: int = 4096,
     progress: Progress | None = None,
+    second_moments: bool = False,
 ) -> Statistics:
     """Calibrate: return the statistics of all domains.
 
@@ -44,16 +46,18 @@ def collect(
         batch_tokens: Token positions per forward pass. Memory for one layer grows with it; results
             differ only by rounding.
         progress: Called with (domain, tokens) after every batch.
+        second_moments: Also add up C = sum g^2 m m^T of every expert, in two folds of the samples.
 
     Returns:
         Float64 sums on the CPU; the same call gives the same bits.
     """
     layers = find_experts(model)
+    if second_moments:
+        moments.check_memory(layers, len(samples))
+        samples = moments.halves(samples)
     domains = [Domain(s.domain, len(s.ids), s.tokens(), (s.digest(),)) for s in samples]
     shapes = {experts.layer: (experts.num_experts, experts.width) for experts in layers}
-    statistics = Statistics.zeros(source, domains, shapes, settings or {}, device=model.device)
-    for experts in layers:
-        statistics.layers[experts.layer]["down_norm"].copy_(column_norms(experts.down))
+    statistics = Statistics.zeros(source, domains, shapes, settings or {})
     collector = _Collector(layers, statistics)
     with experts_replaced(model, collector):
         for row, domain in enumerate(samples):
@@ -66,7 +70,23 @@ def collect(
                     progress(domain.domain, int(mask.sum()))
     for tensors in statistics.layers.values():
         tensors.update({name: tensor.cpu() for name, tensor in tensors.items()})
+    require_finite(statistics)
     return statistics
+
+
+def require_finite(statistics: Statistics) -> None:
+    """Refuse statistics that hold no numbers, because the model's activations overflowed.
+
+    Raises:
+        DataError: A sum is infinite or not a number.
+    """
+    for layer, tensors in statistics.layers.items():
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise DataError(
+                    f"{name} of layer {layer} must be finite, got inf or nan: the model overflows in "
+                    f"{statistics.settings.get('dtype', 'its dtype')} or its weights are damaged; calibrate in float32"
+                )
 
 
 class _Collector:
@@ -78,15 +98,22 @@ class _Collector:
     def __init__(self, layers: Sequence[Experts], statistics: Statistics) -> None:
         self._layers = {experts.module: experts for experts in layers}
         self._statistics = statistics
+        self._seen: set[int] = set()
 
     def __call__(
         self, module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         experts = self._layers[module]
-        routed = route(experts, hidden, top_k_index, top_k_weights, self.attended)
+        layer = self._statistics.layers[experts.layer]
+        if experts.layer not in self._seen:
+            # Only now are the weights surely here: layers may be on several devices or offloaded.
+            self._seen.add(experts.layer)
+            layer.update({name: tensor.to(hidden.device) for name, tensor in layer.items()})
+            layer["down_norm"].copy_(column_norms(experts.down))
+        attended = self.attended.to(hidden.device)
+        routed = route(experts, hidden, top_k_index, top_k_weights, attended)
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-        sums = domain_sums(self._statistics.layers[experts.layer], self.domain)
-        add_experts(experts, routed, sums, out)
+        add_experts(experts, routed, domain_sums(layer, self.domain), out)
         return out.to(hidden.dtype)
 
 
@@ -98,6 +125,7 @@ class Routed:
     offsets: Tensor  # [E + 1], int32; rows of expert e are offsets[e] to offsets[e + 1]
     tokens: Tensor  # [S], int64
     gates: Tensor  # [S], float32
+    shares: Tensor  # [S], float64, the gate's share of all gates of its token
 
 
 def route(
@@ -121,15 +149,19 @@ def route(
     routing = ops.route(index, experts.num_experts)
     slots = routing.slots[: int(routing.offsets[-1])].long()
     gates = top_k_weights.flatten()[slots].float()
-    return Routed(hidden, routing.offsets, slots // top_k_index.shape[1], gates)
+    tokens = slots // top_k_index.shape[1]
+    totals = torch.zeros(len(hidden), dtype=torch.float64, device=gates.device)
+    totals.index_add_(0, tokens, gates.double())
+    shares = gates.double() / torch.where(totals > 0, totals, 1.0)[tokens]
+    return Routed(hidden, routing.offsets, tokens, gates, shares)
 
 
 def domain_sums(layer: LayerStatistics, domain: int) -> LayerStatistics:
-    """Return views `[E]` and `[E, I]` of one domain's sums; facts of the weights have no domain."""
+    """Return views `[E]`, `[E, I]`, ... of one domain's sums; facts of the weights have no domain."""
     return {
         name: tensor[domain]
         for name, tensor in layer.items()
-        if STATISTICS[name].merge != "weights"
+        if ALL_STATISTICS[name].merge != "weights"
     }
 
 
@@ -164,7 +196,15 @@ def add_experts(
         contribution = outputs[mine] if down_bias is None else outputs[mine] + down_bias[expert]
         out.index_add_(0, tokens[mine], contribution.float() * gates[mine, None])
     _add_statistics(
-        experts, sums, routed.hidden, activations, outputs, tokens.int(), gates, bounds - bounds[0]
+        experts,
+        sums,
+        routed.hidden,
+        activations,
+        outputs,
+        tokens.int(),
+        gates,
+        routed.shares[rows],
+        bounds - bounds[0],
     )
 
 
@@ -176,6 +216,7 @@ def _add_statistics(
     outputs: Tensor,  # [S, H]
     tokens: Tensor,  # [S], int32
     gates: Tensor,  # [S]
+    shares: Tensor,  # [S], float64, of the token's gates
     offsets: Tensor,  # [E + 1]
 ) -> None:
     def of(*names: str) -> LayerStatistics:
@@ -198,6 +239,14 @@ def _add_statistics(
         offsets,
         **of("projection", "magnitude", "energy", "peak"),
     )
+    squares = gates.double().square()
+    for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        mine = slice(begin, end)
+        x = hidden[tokens[mine].long()].double()
+        sums["input_energy"][expert] += squares[mine] @ x.square()
+        sums["normalized_gate_sum"][expert] += shares[mine].sum()
+        if "second_moment" in sums:
+            moments.add_second_moment(sums["second_moment"][expert], activations[mine], gates[mine])
 
 
 def column_norms(down: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tenp.adapter import find_experts
+from tenp.errors import DataError
 from tenp.plan import Plan
 from tenp.samples import Samples
 
@@ -57,6 +58,9 @@ def evaluate(
 
     Returns:
         One evaluation per domain, in order.
+
+    Raises:
+        DataError: A domain has only samples of one token.
     """
     return [
         _evaluate_domain(model, domain, reference, batch_tokens, progress) for domain in samples
@@ -70,6 +74,10 @@ def _evaluate_domain(
     batch_tokens: int,
     progress: Progress | None,
 ) -> DomainEvaluation:
+    if all(len(ids) < 2 for ids in samples.ids):
+        raise DataError(
+            f"domain {samples.domain} must have a sample of two tokens or more, or there is nothing to predict"
+        )
     tokens, loss, divergence, agreed = 0, 0.0, 0.0, 0
     for ids, mask in samples.batches(batch_tokens, model.device):
         predicted = mask[:, 1:].bool()
@@ -92,10 +100,17 @@ def _evaluate_domain(
     return DomainEvaluation(
         samples.domain,
         tokens,
-        math.exp(loss / tokens) if tokens else math.nan,
-        divergence / tokens if reference is not None and tokens else None,
-        agreed / tokens if reference is not None and tokens else None,
+        _perplexity(loss / tokens),
+        divergence / tokens if reference is not None else None,
+        agreed / tokens if reference is not None else None,
     )
+
+
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,8 +116,14 @@ def warn_of_coverage(measured: Statistics) -> None:
 
 
 def evaluation_rows(evaluations: Sequence[DomainEvaluation]) -> list[dict[str, Any]]:
-    """Return evaluations as JSON objects."""
-    return [dataclasses.asdict(evaluation) for evaluation in evaluations]
+    """Return evaluations as JSON objects; JSON knows no infinity, so a figure beyond it is null."""
+    return [
+        {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in dataclasses.asdict(evaluation).items()
+        }
+        for evaluation in evaluations
+    ]
 
 
 def print_evaluations(
