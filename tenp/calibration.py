@@ -57,7 +57,12 @@ def collect(
         samples = moments.halves(samples)
     domains = [Domain(s.domain, len(s.ids), s.tokens(), (s.digest(),)) for s in samples]
     shapes = {experts.layer: (experts.num_experts, experts.width) for experts in layers}
-    statistics = Statistics.zeros(source, domains, shapes, settings or {})
+    hidden = layers[0].down.shape[1]
+    statistics = Statistics.zeros(
+        source, domains, shapes, settings or {}, hidden=hidden
+    )
+    for experts in layers if second_moments else []:
+        statistics.layers[experts.layer].update(moments.empty(experts, len(domains)))
     collector = _Collector(layers, statistics)
     with experts_replaced(model, collector):
         for row, domain in enumerate(samples):
@@ -71,7 +76,7 @@ def collect(
     for tensors in statistics.layers.values():
         tensors.update({name: tensor.cpu() for name, tensor in tensors.items()})
     require_finite(statistics)
-    return statistics
+    return moments.join_halves(statistics) if second_moments else statistics
 
 
 def require_finite(statistics: Statistics) -> None:
@@ -101,15 +106,23 @@ class _Collector:
         self._seen: set[int] = set()
 
     def __call__(
-        self, module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+        self,
+        module: nn.Module,
+        hidden: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
     ) -> Tensor:
         experts = self._layers[module]
         layer = self._statistics.layers[experts.layer]
         if experts.layer not in self._seen:
             # Only now are the weights surely here: layers may be on several devices or offloaded.
             self._seen.add(experts.layer)
-            layer.update({name: tensor.to(hidden.device) for name, tensor in layer.items()})
+            layer.update(
+                {name: tensor.to(hidden.device) for name, tensor in layer.items()}
+            )
             layer["down_norm"].copy_(column_norms(experts.down))
+            if "down_gram" in layer:
+                layer["down_gram"].copy_(moments.down_gram(experts))
         attended = self.attended.to(hidden.device)
         routed = route(experts, hidden, top_k_index, top_k_weights, attended)
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
@@ -129,7 +142,11 @@ class Routed:
 
 
 def route(
-    experts: Experts, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor, attended: Tensor
+    experts: Experts,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    attended: Tensor,
 ) -> Routed:
     """Order what the router chose by expert.
 
@@ -193,7 +210,9 @@ def add_experts(
             continue
         activations[mine] = experts.activations(expert, routed.hidden[tokens[mine]])
         torch.mm(activations[mine], experts.down[expert].t(), out=outputs[mine])
-        contribution = outputs[mine] if down_bias is None else outputs[mine] + down_bias[expert]
+        contribution = (
+            outputs[mine] if down_bias is None else outputs[mine] + down_bias[expert]
+        )
         out.index_add_(0, tokens[mine], contribution.float() * gates[mine, None])
     _add_statistics(
         experts,
@@ -246,7 +265,9 @@ def _add_statistics(
         sums["input_energy"][expert] += squares[mine] @ x.square()
         sums["normalized_gate_sum"][expert] += shares[mine].sum()
         if "second_moment" in sums:
-            moments.add_second_moment(sums["second_moment"][expert], activations[mine], gates[mine])
+            moments.add_second_moment(
+                sums["second_moment"][expert], activations[mine], gates[mine]
+            )
 
 
 def column_norms(down: Tensor) -> Tensor:

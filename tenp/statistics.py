@@ -34,17 +34,25 @@ LayerStatistics = dict[str, Tensor]
 class Statistic:
     """What one named statistic is, so that every reader treats it alike."""
 
-    per: Literal["expert", "neuron"]  # shape [D, E] or [D, E, I]; weight facts have no domain axis
-    merge: Literal["sum", "max", "weights"]  # "weights": a fact of the checkpoint, equal in all
+    #: What there is one number for: shape [D, E], [D, E, I], [D, E, H] or [D, H, H]; of a "pair" of
+    #: neurons [D, E, P] packed as in tenp.moments, with two folds per domain [2 D, E, P]. Facts of
+    #: the weights have no domain axis.
+    per: Literal["expert", "neuron", "input", "output pair", "pair", "fold pair"]
+    merge: Literal[
+        "sum", "max", "weights"
+    ]  # "weights": a fact of the checkpoint, equal in all
     formula: str
     dtype: torch.dtype = torch.float64
 
 
-#: Every statistic of a layer. x is the input of the experts, y = W_d m the output of one expert
+#: What every layer has. x is the input of the experts, y = W_d m the output of one expert
 #: before its gate g, w_k column k of W_d; sums run over the attended tokens routed to the expert.
 STATISTICS: Mapping[str, Statistic] = {
     "counts": Statistic("expert", "sum", "n_e", torch.int64),
     "gate_sum": Statistic("expert", "sum", "sum g"),
+    "normalized_gate_sum": Statistic(
+        "expert", "sum", "sum g / (sum of the token's gates)"
+    ),
     "norm_sum": Statistic("expert", "sum", "sum |y|"),
     "gated_norm_sum": Statistic("expert", "sum", "sum g |y|"),
     "norm_max": Statistic("expert", "max", "max |y|"),
@@ -53,8 +61,27 @@ STATISTICS: Mapping[str, Statistic] = {
     "magnitude": Statistic("neuron", "sum", "sum |m_k|"),
     "energy": Statistic("neuron", "sum", "sum (g m_k)^2"),
     "peak": Statistic("neuron", "max", "max |g m_k|"),
+    "input_energy": Statistic("input", "sum", "sum (g x_h)^2"),
     "down_norm": Statistic("neuron", "weights", "|w_k|"),
 }
+
+#: Statistics that a file has only if they were asked for, or if the pass could see what they need.
+#: h is the residual stream before the layer's experts, z what all routed experts add to it, L the
+#: mean loss of a sequence's next tokens times their number.
+OPTIONAL_STATISTICS: Mapping[str, Statistic] = {
+    "residual_change": Statistic(
+        "expert", "sum", "sum g |y| max(0, 1 - cos(h, h + z))"
+    ),
+    "second_moment": Statistic("fold pair", "sum", "sum g^2 m m^T"),
+    "down_gram": Statistic("pair", "weights", "W_d^T W_d"),
+    "activation_energy": Statistic("neuron", "sum", "sum m_k^2"),
+    "gradient_energy": Statistic("neuron", "sum", "sum <w_k, dL/dy>^2"),
+    "output_fisher": Statistic(
+        "output pair", "sum", "sum dL/dz dL/dz^T, over all attended tokens"
+    ),
+}
+
+ALL_STATISTICS: Mapping[str, Statistic] = {**STATISTICS, **OPTIONAL_STATISTICS}
 
 
 @dataclass(frozen=True)
@@ -92,6 +119,7 @@ class Statistics:
         shapes: Mapping[int, tuple[int, int]],
         settings: dict[str, Any],
         device: torch.device | str = "cpu",
+        hidden: int = 0,
     ) -> Statistics:
         """Return statistics of no token at all.
 
@@ -101,17 +129,21 @@ class Statistics:
             shapes: Decoder layer index to (experts `E`, full width `I`).
             settings: Kept as they are.
             device: Where the sums are kept.
+            hidden: H, the hidden size.
         """
         domains = tuple(domains)
 
         def empty(statistic: Statistic, experts: int, width: int) -> Tensor:
-            shape = (experts,) if statistic.per == "expert" else (experts, width)
+            last = {"expert": (), "neuron": (width,), "input": (hidden,)}[statistic.per]
+            shape: tuple[int, ...] = (experts, *last)
             if statistic.merge != "weights":
                 shape = (len(domains), *shape)
             return torch.zeros(shape, dtype=statistic.dtype, device=device)
 
         layers = {
-            layer: {name: empty(statistic, *shape) for name, statistic in STATISTICS.items()}
+            layer: {
+                name: empty(statistic, *shape) for name, statistic in STATISTICS.items()
+            }
             for layer, shape in shapes.items()
         }
         return cls(source, domains, layers, settings)
@@ -181,7 +213,9 @@ class Statistics:
             ) from error
 
     @classmethod
-    def _from_file(cls, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
+    def _from_file(
+        cls, header: dict[str, Any], tensors: Mapping[str, Tensor]
+    ) -> Statistics:
         """Put together what the file holds; ValueError and the like if it does not fit together."""
         domains = tuple(
             Domain(**{**domain, "sources": tuple(domain["sources"])})
@@ -195,11 +229,13 @@ class Statistics:
         for layer, found in layers.items():
             if missing := STATISTICS.keys() - found.keys():
                 raise ValueError(f"layer {layer} lacks {', '.join(sorted(missing))}")
-            shape = tuple(found["down_norm"].shape)
-            for name, statistic in STATISTICS.items():
-                expected = shape if statistic.per == "neuron" else shape[:1]
-                if statistic.merge != "weights":
-                    expected = (len(domains), *expected)
+            if unknown := found.keys() - ALL_STATISTICS.keys():
+                raise ValueError(
+                    f"layer {layer} has unknown {', '.join(sorted(unknown))}"
+                )
+            for name in found:
+                statistic = ALL_STATISTICS[name]
+                expected = _shape(statistic, len(domains), found)
                 actual = (tuple(found[name].shape), found[name].dtype)
                 if actual != (expected, statistic.dtype):
                     raise ValueError(
@@ -208,19 +244,41 @@ class Statistics:
         return cls(Source(**header["source"]), domains, layers, header["settings"])
 
 
+def _shape(
+    statistic: Statistic, domains: int, layer: LayerStatistics
+) -> tuple[int, ...]:
+    """What a statistic's shape must be, given the others of its layer."""
+    experts, width = layer["down_norm"].shape
+    pairs = layer["down_gram"].shape[1:] if "down_gram" in layer else ()
+    hidden = layer["input_energy"].shape[2:]
+    expected = {
+        "expert": (experts,),
+        "neuron": (experts, width),
+        "input": (experts, *hidden),
+        "output pair": (*hidden, *hidden),
+        "pair": (experts, *pairs),
+        "fold pair": (experts, *pairs),
+    }[statistic.per]
+    if statistic.merge == "weights":
+        return expected
+    return (2 * domains if statistic.per == "fold pair" else domains, *expected)
+
+
 def merge(parts: Iterable[Statistics]) -> Statistics:
     """Add statistics of the same model, for example of several machines.
 
     Domains of one name are added, others stand side by side in the order of first appearance. Sums
     are float64 and added in the order given: merging runs of one batch each equals one run over
-    these batches bit for bit.
+    these batches bit for bit. Optional statistics that a part lacks are left out.
 
     Raises:
         InvalidArgument: The parts are of different models.
     """
     parts = list(parts)
     if not parts:
-        raise InvalidArgument("merge: parts must hold at least one Statistics, got none")
+        raise InvalidArgument(
+            "merge: parts must hold at least one Statistics, got none"
+        )
     first = parts[0]
     for part in parts[1:]:
         if part.source != first.source:
@@ -240,25 +298,36 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
             )
         merged[domain.name] = domain
     row = {name: index for index, name in enumerate(merged)}
-    shapes = {
-        layer: (tensors["down_norm"].shape[0], tensors["down_norm"].shape[1])
-        for layer, tensors in first.layers.items()
-    }
+    optional = set(OPTIONAL_STATISTICS).intersection(
+        *(tensors for part in parts for tensors in part.layers.values())
+    )
+    names = [*STATISTICS, *sorted(optional)]
     settings = (
         first.settings
         if all(part.settings == first.settings for part in parts)
         else {"merged": [part.settings for part in parts]}
     )
-    total = Statistics.zeros(first.source, merged.values(), shapes, settings)
+    layers: dict[int, LayerStatistics] = {}
+    for layer, tensors in first.layers.items():
+        layers[layer] = {
+            name: torch.zeros(
+                _shape(ALL_STATISTICS[name], len(merged), tensors),
+                dtype=ALL_STATISTICS[name].dtype,
+            )
+            for name in names
+        }
     for part in parts:
         rows = [row[domain.name] for domain in part.domains]
+        folds = [2 * index + fold for index in rows for fold in range(2)]
         for layer, tensors in part.layers.items():
-            for name, statistic in STATISTICS.items():
-                mine, theirs = total.layers[layer][name], tensors[name]
+            for name in names:
+                statistic = ALL_STATISTICS[name]
+                mine, theirs = layers[layer][name], tensors[name]
+                at = folds if statistic.per == "fold pair" else rows
                 if statistic.merge == "weights":
                     mine.copy_(theirs)
                 elif statistic.merge == "sum":
-                    mine[rows] += theirs
+                    mine[at] += theirs
                 else:
-                    mine[rows] = torch.maximum(mine[rows], theirs)
-    return total
+                    mine[at] = torch.maximum(mine[at], theirs)
+    return Statistics(first.source, tuple(merged.values()), layers, settings)

@@ -19,7 +19,9 @@ from tenp.samples import Samples
 from tenp.statistics import STATISTICS, Statistics
 
 
-def _collect(model, samples: list[Samples], source, batch_tokens: int = 100) -> Statistics:
+def _collect(
+    model, samples: list[Samples], source, batch_tokens: int = 100
+) -> Statistics:
     return calibration.collect(model, samples, source, batch_tokens=batch_tokens)
 
 
@@ -41,8 +43,12 @@ def _assert_close(ours: Statistics, theirs: Statistics, bound: float) -> None:
 def _plain_statistics(model, samples: list[Samples], source) -> Statistics:
     layers = adapter.find_experts(model)
     shapes = {experts.layer: (experts.num_experts, experts.width) for experts in layers}
-    domains = [calibration.Domain(s.domain, len(s.ids), s.tokens(), ()) for s in samples]
-    statistics = Statistics.zeros(source, domains, shapes, {})
+    domains = [
+        calibration.Domain(s.domain, len(s.ids), s.tokens(), ()) for s in samples
+    ]
+    statistics = Statistics.zeros(
+        source, domains, shapes, {}, hidden=model.config.get_text_config().hidden_size
+    )
     for row, domain in enumerate(samples):
         for ids in domain.ids:
             for experts, call in _calls(model, layers, ids):
@@ -50,7 +56,9 @@ def _plain_statistics(model, samples: list[Samples], source) -> Statistics:
     return statistics
 
 
-def _calls(model, layers, ids: Tensor) -> Iterator[tuple[adapter.Experts, tuple[Tensor, ...]]]:
+def _calls(
+    model, layers, ids: Tensor
+) -> Iterator[tuple[adapter.Experts, tuple[Tensor, ...]]]:
     """What every experts module is called with for one sample, without padding."""
     seen: list[tuple[adapter.Experts, tuple[Tensor, ...]]] = []
     hooks = [
@@ -66,17 +74,23 @@ def _calls(model, layers, ids: Tensor) -> Iterator[tuple[adapter.Experts, tuple[
     yield from seen
 
 
-def _add_plainly(experts, sums: dict[str, Tensor], row: int, hidden, index, weights) -> None:
+def _add_plainly(
+    experts, sums: dict[str, Tensor], row: int, hidden, index, weights
+) -> None:
     gate_rows, up_rows = (weight.double() for weight in experts.gate_and_up())
     down = experts.down.double()
     sums["down_norm"].copy_(down.norm(dim=1))
-    for x, chosen, gates in zip(hidden.double(), index.tolist(), weights.double(), strict=True):
+    for x, chosen, gates in zip(
+        hidden.double(), index.tolist(), weights.double(), strict=True
+    ):
         for e, g in zip(chosen, gates, strict=True):
             m = F.silu(gate_rows[e] @ x) * (up_rows[e] @ x)
             y = down[e] @ m
             cosine = x @ y / (x.norm() * y.norm())
             sums["counts"][row, e] += 1
             sums["gate_sum"][row, e] += g
+            sums["normalized_gate_sum"][row, e] += g / gates.sum()
+            sums["input_energy"][row, e] += (g * x) ** 2
             sums["norm_sum"][row, e] += y.norm()
             sums["gated_norm_sum"][row, e] += g * y.norm()
             sums["norm_max"][row, e] = max(sums["norm_max"][row, e], y.norm())
@@ -88,13 +102,19 @@ def _add_plainly(experts, sums: dict[str, Tensor], row: int, hidden, index, weig
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])
-def test_statistics_are_those_of_a_plain_computation(tmp_path: Path, model_type: str) -> None:
+def test_statistics_are_those_of_a_plain_computation(
+    tmp_path: Path, model_type: str
+) -> None:
     directory = save_model(tmp_path / "model", model_type)
     source = pruning.source_of(Checkpoint(directory))
     model = adapter.load_model(directory, torch.float32)
     samples = [make_samples("a", (9, 5, 12), 0), make_samples("b", (7, 3), 1)]
     # The pass works in float32 and pads; a few layers of it lose about five digits of seven.
-    _assert_close(_collect(model, samples, source), _plain_statistics(model, samples, source), 1e-5)
+    _assert_close(
+        _collect(model, samples, source),
+        _plain_statistics(model, samples, source),
+        1e-5,
+    )
 
 
 def test_the_projections_of_an_expert_add_up_to_its_output_norm(tiny: Tiny) -> None:
@@ -105,7 +125,9 @@ def test_the_projections_of_an_expert_add_up_to_its_output_norm(tiny: Tiny) -> N
 
 def test_every_attended_token_reaches_k_experts(tiny: Tiny) -> None:
     for tensors in tiny.statistics.layers.values():
-        assert tensors["counts"].sum(dim=1).tolist() == [2 * s.tokens() for s in tiny.samples]
+        assert tensors["counts"].sum(dim=1).tolist() == [
+            2 * s.tokens() for s in tiny.samples
+        ]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 150, 100_000])
@@ -131,11 +153,17 @@ def test_the_model_computes_what_it_would_without_the_pass(tiny: Tiny) -> None:
     with torch.no_grad():
         expected = model(ids).logits
         seen = []
-        hook = model.base_model.register_forward_hook(lambda *call: seen.append(call[2][0]))
+        hook = model.base_model.register_forward_hook(
+            lambda *call: seen.append(call[2][0])
+        )
         _collect(model, [Samples("a", (ids[0],))], tiny.source)
         hook.remove()
-        torch.testing.assert_close(model.lm_head(seen[0]), expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(model(ids).logits, expected)  # and afterwards, everything is as before
+        torch.testing.assert_close(
+            model.lm_head(seen[0]), expected, rtol=1e-4, atol=1e-4
+        )
+        assert torch.equal(
+            model(ids).logits, expected
+        )  # and afterwards, everything is as before
 
 
 def test_two_passes_give_the_same_bytes(tiny: Tiny) -> None:
@@ -155,7 +183,11 @@ def test_a_pass_reports_every_token_once(tiny: Tiny) -> None:
 
 
 def test_layers_on_disk_are_calibrated_like_others(tiny: Tiny, tmp_path: Path) -> None:
-    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    where = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.norm": "cpu",
+    }
     where |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.2": "cpu"}
     where["model.layers.1"] = "disk"
     model = AutoModelForCausalLM.from_pretrained(
@@ -168,7 +200,9 @@ def test_layers_on_disk_are_calibrated_like_others(tiny: Tiny, tmp_path: Path) -
 
 def test_an_expert_without_tokens_has_only_zeros(tiny: Tiny) -> None:
     statistics = _collect(
-        adapter.load_model(tiny.directory), [Samples("a", (torch.tensor([5]),))], tiny.source
+        adapter.load_model(tiny.directory),
+        [Samples("a", (torch.tensor([5]),))],
+        tiny.source,
     )
     for tensors in statistics.layers.values():
         unused = tensors["counts"][0] == 0

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Second moments of an expert's neurons, C = sum g^2 m m^T, and what they cost in memory.
+
+They are what repair, selection and allocation compute with. A symmetric matrix is kept packed: its
+upper triangle row by row, n (n + 1) / 2 numbers, float64 both while it is added up and in the file.
+In families with a down bias the bias counts as one more neuron of activation 1, the last.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+from math import isqrt
+
+import torch
+from torch import Tensor
+
+from tenp.adapter import Experts
+from tenp.errors import InvalidArgument, Unsupported
+from tenp.samples import Samples
+from tenp.statistics import ALL_STATISTICS, Domain, LayerStatistics, Statistics
+
+#: Disjoint halves of the calibration samples: what is chosen on one is tested on the other.
+FOLDS = 2
+
+
+def packed_size(size: int) -> int:
+    """Return how many numbers a symmetric `[size, size]` matrix is packed into."""
+    return size * (size + 1) // 2
+
+
+def pack(matrices: Tensor) -> Tensor:
+    """Return the upper triangles `[..., P]` of symmetric matrices `[..., n, n]`, row by row."""
+    size = matrices.shape[-1]
+    return matrices.flatten(-2).index_select(-1, _upper(size).to(matrices.device))
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Return the symmetric matrices `[..., n, n]` of packed ones `[..., P]`."""
+    size = (isqrt(8 * packed.shape[-1] + 1) - 1) // 2
+    matrices = packed.new_zeros(*packed.shape[:-1], size * size)
+    upper = _upper(size).to(packed.device)
+    matrices[..., upper] = packed
+    # Transposed: where row and column change places.
+    matrices[..., upper % size * size + upper // size] = packed
+    return matrices.unflatten(-1, (size, size))
+
+
+@lru_cache(maxsize=8)
+def _upper(size: int) -> Tensor:
+    rows, columns = torch.triu_indices(size, size)
+    return rows * size + columns
+
+
+def variables(experts: Experts) -> int:
+    """Return n, the rows of C: the full width, and one more where there is a down bias."""
+    return experts.width + int(experts.biases()[2] is not None)
+
+
+def add_second_moment(total: Tensor, activations: Tensor, gates: Tensor) -> None:
+    """Add sum_t g_t^2 m_t m_t^T of one expert.
+
+    Args:
+        total: `[P]`, float64, packed; added to.
+        activations: `[S, I]`. m.
+        gates: `[S]`.
+
+    Note:
+        2 S n^2 FLOPs in float64.
+    """
+    weighted = gates.double().unsqueeze(1) * activations.double()
+    if packed_size(activations.shape[1]) != total.shape[0]:
+        weighted = torch.cat([weighted, gates.double().unsqueeze(1)], dim=1)
+    total += pack(weighted.t() @ weighted)
+
+
+def down_gram(experts: Experts) -> Tensor:
+    """Return W_d^T W_d of every expert, `[E, P]` float64 packed, the down bias as a last column."""
+    bias = experts.biases()[2]
+    grams = []
+    for expert, down in enumerate(experts.down):
+        columns = down.double()
+        if bias is not None:
+            columns = torch.cat([columns, bias[expert].double().unsqueeze(1)], dim=1)
+        grams.append(pack(columns.t() @ columns))
+    return torch.stack(grams)
+
+
+def empty(experts: Experts, rows: int) -> LayerStatistics:
+    """Return the second moments of no token.
+
+    Args:
+        experts: Of one layer.
+        rows: Folds times domains.
+    """
+    size = packed_size(variables(experts))
+    return {
+        "second_moment": torch.zeros(
+            rows, experts.num_experts, size, dtype=torch.float64
+        ),
+        "down_gram": torch.zeros(experts.num_experts, size, dtype=torch.float64),
+    }
+
+
+def required_bytes(layers: Sequence[Experts], domains: int) -> int:
+    """Forecast the bytes of the second moments, the largest statistics by far.
+
+    8 bytes x (folds x domains + 1) x experts x n (n + 1) / 2, summed over layers.
+    """
+    return sum(
+        8
+        * (FOLDS * domains + 1)
+        * experts.num_experts
+        * packed_size(variables(experts))
+        for experts in layers
+    )
+
+
+def check_memory(
+    layers: Sequence[Experts], domains: int, available: int | None = None
+) -> None:
+    """Refuse second moments that will not fit, before the run.
+
+    Args:
+        layers: The experts to be calibrated.
+        domains: Calibration domains.
+        available: Bytes that may be used; None is the free memory of this machine.
+
+    Raises:
+        Unsupported: They would need more; the message has both numbers.
+    """
+    needed = required_bytes(layers, domains)
+    available = available_bytes() if available is None else available
+    if needed > available:
+        raise Unsupported(
+            f"second moments of {domains} domains need {needed / 2**30:.2f} GiB, "
+            f"but {available / 2**30:.2f} GiB of memory are free; calibrate fewer domains at a time"
+        )
+
+
+def available_bytes() -> int:
+    """Return the memory that is free for new work, in bytes."""
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def halves(samples: Sequence[Samples]) -> list[Samples]:
+    """Return every domain as two, one a fold: sample s of a domain goes to fold s % 2.
+
+    Raises:
+        InvalidArgument: A domain has one sample only.
+    """
+    apart = []
+    for domain in samples:
+        if len(domain.ids) < FOLDS:
+            raise InvalidArgument(
+                f"second moments need {FOLDS} samples per domain or more, got {len(domain.ids)} "
+                f"for {domain.domain}"
+            )
+        apart += [
+            Samples(f"{domain.domain}/{fold}", domain.ids[fold::FOLDS])
+            for fold in range(FOLDS)
+        ]
+    return apart
+
+
+def join_halves(apart: Statistics) -> Statistics:
+    """Return the statistics of `halves` as those of the domains: second moments keep the folds apart.
+
+    Sums of the folds are added, maxima compared; `second_moment` stays `[2 D, E, P]`.
+    """
+    domains = []
+    for first, second in zip(apart.domains[::2], apart.domains[1::2], strict=True):
+        domains.append(
+            Domain(
+                first.name.rpartition("/")[0],
+                first.samples + second.samples,
+                first.tokens + second.tokens,
+                first.sources + second.sources,
+            )
+        )
+    layers = {}
+    for layer, tensors in apart.layers.items():
+        layers[layer] = dict(tensors)
+        for name, tensor in tensors.items():
+            statistic = ALL_STATISTICS[name]
+            if statistic.merge == "weights" or statistic.per == "fold pair":
+                continue
+            pairs = tensor.unflatten(0, (len(domains), FOLDS))
+            layers[layer][name] = (
+                pairs.sum(1) if statistic.merge == "sum" else pairs.amax(1)
+            )
+    return Statistics(apart.source, tuple(domains), layers, apart.settings)
