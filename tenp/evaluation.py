@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tenp.adapter import find_experts
@@ -137,3 +137,75 @@ def logit_difference(model: PreTrainedModel, reference: PreTrainedModel, ids: Te
     ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
     theirs = reference(input_ids=ids.to(reference.device), use_cache=False).logits.float().cpu()
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What a model computed for some tokens, to compare another with.
+
+    Attributes:
+        logits: `[B, n, V]`, float32 on the CPU.
+        routing: Experts module to what it was called with: `[T, k]` indices and `[T, k]` weights.
+    """
+
+    logits: Tensor
+    routing: dict[str, tuple[Tensor, Tensor]]
+
+
+@torch.no_grad()
+def record(model: PreTrainedModel, ids: Tensor) -> Recording:
+    """Run a dense model on token ids `[B, n]`, and keep its logits and its routers' choices."""
+    routing: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, call: routing.update({name: (call[1].cpu(), call[2].cpu())})
+
+    hooks = [
+        experts.module.register_forward_pre_hook(keep(experts.name))
+        for experts in find_experts(model)
+    ]
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    for hook in hooks:
+        hook.remove()
+    return Recording(logits, routing)
+
+
+@torch.no_grad()
+def compare(model: PreTrainedModel, ids: Tensor, recording: Recording) -> tuple[float, float]:
+    """Compare a model with a recording of the one that it should equal.
+
+    Rounding turns a router's choice now and then where two experts score alike, the more often the
+    deeper the model, and changes what follows. So the experts are given the recorded choices, and
+    how often the routers would have chosen differently is a figure of its own.
+
+    Args:
+        model: The model to check.
+        ids: The token ids that were recorded.
+        recording: Of the other model.
+
+    Returns:
+        The largest difference of two logits as a share of the largest logit, and the share of
+        (token, layer) pairs for which the routers chose other experts.
+    """
+    choices, changed = 0, 0
+
+    def replay(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+        def hook(module: nn.Module, call: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            nonlocal choices, changed
+            index, weights = (recorded.to(call[1].device) for recorded in recording.routing[name])
+            choices += len(index)
+            other = (call[1].sort(dim=1).values != index.sort(dim=1).values).any(dim=1)
+            changed += int(other.sum())
+            return (call[0], index, weights, *call[3:])
+
+        return hook
+
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(replay(name))
+        for name in recording.routing
+    ]
+    logits = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    for active in hooks:
+        active.remove()
+    difference = (logits - recording.logits).abs().max() / recording.logits.abs().max()
+    return difference.item(), changed / choices

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tenp.errors import CheckpointError
@@ -28,8 +28,10 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):  # gone after the rename; else also Ctrl-C leaves nothing
+            partial.unlink()
 
 
 def require_absent(directory: Path) -> None:
@@ -41,6 +43,20 @@ def require_absent(directory: Path) -> None:
     if directory.exists():
         raise CheckpointError(
             f"{directory} must not exist yet, got an existing path; remove it or choose another"
+        )
+
+
+def require_space(directory: Path, required_bytes: int) -> None:
+    """Refuse a directory for which its disk has not the room.
+
+    Raises:
+        CheckpointError: There is less than `required_bytes` free.
+    """
+    there = next(path for path in directory.resolve().parents if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < required_bytes:
+        raise CheckpointError(
+            f"{directory} needs {required_bytes / 2**20:,.1f} MiB, but its disk has {free / 2**20:,.1f} MiB free"
         )
 
 
@@ -57,14 +73,11 @@ def new_directory(directory: Path, required_bytes: int) -> Iterator[Path]:
             Nothing is left behind.
     """
     require_absent(directory)
+    require_space(directory, required_bytes)
     partial = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
+    made = [path for path in partial.parents if not path.exists()]  # inner ones first
     try:
         partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < required_bytes:
-            raise CheckpointError(
-                f"{directory} needs {required_bytes / 2**20:.1f} MiB, but its disk has {free / 2**20:.1f} MiB free"
-            )
         yield partial
         partial.rename(directory)
     except OSError as error:
@@ -75,3 +88,6 @@ def new_directory(directory: Path, required_bytes: int) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # the first that is not empty
+            for path in made:
+                path.rmdir()

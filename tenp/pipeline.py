@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from tenp import adapter, calibration, evaluation, planning, pruning, scoring
 from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError, InvalidArgument
 from tenp.evaluation import DomainEvaluation
-from tenp.files import require_absent
+from tenp.files import require_absent, require_space
 from tenp.plan import Plan
 from tenp.planning import Budget, UnderCovered
 from tenp.samples import Samples, generate_answers, tokenize
+from tenp.source import Source
 from tenp.statistics import Statistics
 from tenp.text import TextDomain, read_domains
 
@@ -69,13 +75,23 @@ def calibrate(
     checkpoint: Checkpoint, sources: Sequence[str | Path], run: Run, report: Reporter | None = None
 ) -> Statistics:
     """Run the dense model over calibration text and return its statistics."""
-    source = pruning.source_of(checkpoint)
-    domains = read_domains(sources)
+    return _calibrate(checkpoint, pruning.source_of(checkpoint), read_domains(sources), run, report)
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    source: Source,
+    domains: Sequence[TextDomain],
+    run: Run,
+    report: Reporter | None,
+) -> Statistics:
+    samples = None if run.self_generate else _samples(checkpoint, domains, run)
     model = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
-    samples = _samples(checkpoint, model, domains, run, answered=run.self_generate)
+    if samples is None:
+        samples = _answers(checkpoint, model, domains, run)
     settings = {
         "dtype": str(model.dtype).removeprefix("torch."),
-        "max_length": _max_length(model, run),
+        "max_length": _max_length(model.config, run),
         "batch_tokens": run.batch_tokens,
         "samples": run.samples,
         "seed": run.seed,
@@ -113,15 +129,32 @@ def evaluate(
     report: Reporter | None = None,
 ) -> list[DomainEvaluation]:
     """Measure a checkpoint on text, and its distance from a reference."""
-    checkpoint = Checkpoint.resolve(model)
-    domains = read_domains(sources)
+    return _evaluate(
+        Checkpoint.resolve(model),
+        read_domains(sources),
+        run,
+        None if reference is None else Checkpoint.resolve(reference),
+        report,
+    )
+
+
+def _evaluate(
+    checkpoint: Checkpoint,
+    domains: Sequence[TextDomain],
+    run: Run,
+    reference: Checkpoint | None = None,
+    report: Reporter | None = None,
+) -> list[DomainEvaluation]:
+    samples = _samples(checkpoint, domains, dataclasses.replace(run, samples=None))
     measured = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
-    samples = _samples(checkpoint, measured, domains, dataclasses.replace(run, samples=None))
     other = None
     if reference is not None:
-        other = adapter.load_model(
-            Checkpoint.resolve(reference).directory, run.torch_dtype(), run.device
-        )
+        other = adapter.load_model(reference.directory, run.torch_dtype(), run.device)
+        if adapter.vocabulary(other) != adapter.vocabulary(measured):
+            raise InvalidArgument(
+                f"evaluate: the reference must have the vocabulary of the model, {adapter.vocabulary(measured)}, "
+                f"got {adapter.vocabulary(other)}"
+            )
     progress = report("evaluate", sum(domain.tokens() for domain in samples)) if report else None
     return evaluation.evaluate(measured, samples, other, run.batch_tokens, progress)
 
@@ -171,19 +204,27 @@ def prune(
         TenpError: Something does not fit; nothing is left in `out`.
     """
     run = run or Run()
-    planning.check_budget(budget)
+    # Everything that can be known to be wrong is found before the model is read.
+    kept, _ = planning.check_budget(budget)
+    run.torch_dtype()
     if out is not None:
         require_absent(Path(out))
+    domains = read_domains(sources)
+    scoring.weights_of([d.name for d in domains], plan_options.get("domain_weights") or {})
+    measured_on = read_domains(evaluate_on) if evaluate_on else []
     checkpoint = Checkpoint.resolve(model)
-    statistics = calibrate(checkpoint, sources, run, report)
+    source = pruning.source_of(checkpoint)
+    if out is not None:
+        require_space(Path(out), int(kept * source.bytes))  # at least: only routed experts shrink
+    statistics = _calibrate(checkpoint, source, domains, run, report)
     decided = plan(statistics, budget, **plan_options)
     if out is None:
         return Pruned(decided, statistics)
     apply(checkpoint, decided, out, verify)
-    if not evaluate_on:
+    if not measured_on:
         return Pruned(decided, statistics)
-    before = evaluate(model, evaluate_on, run, report=report)
-    after = evaluate(out, evaluate_on, run, reference=model, report=report)
+    before = _evaluate(checkpoint, measured_on, run, report=report)
+    after = _evaluate(Checkpoint(out), measured_on, run, checkpoint, report)
     return Pruned(decided, statistics, before, after)
 
 
@@ -191,36 +232,44 @@ def prune(
 _EQUIVALENCE_BOUND = 1e-5
 
 
+#: Of the routers' choices; rounding changes far fewer, a wrong router far more.
+_CHANGED_CHOICES_BOUND = 0.01
+
+
 def _check_equivalence(checkpoint: Checkpoint, decided: Plan, written: Path) -> None:
     """Compare a written checkpoint with the dense model whose pruned neurons are silenced."""
     dense = adapter.load_model(checkpoint.directory, torch.float32)
     evaluation.mask_neurons(dense, decided)
-    pruned = adapter.load_model(written, torch.float32)
     vocabulary = adapter.vocabulary(dense)
     ids = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
-    difference = evaluation.logit_difference(pruned, dense, ids)
-    if not difference <= _EQUIVALENCE_BOUND:
+    recording = evaluation.record(dense, ids)
+    del dense  # one model at a time in memory
+    pruned = adapter.load_model(written, torch.float32)
+    difference, changed = evaluation.compare(pruned, ids, recording)
+    if not difference <= _EQUIVALENCE_BOUND or changed > _CHANGED_CHOICES_BOUND:
         raise CheckpointError(
             f"the written checkpoint must compute what the masked dense model does to {_EQUIVALENCE_BOUND}, "
-            f"got a difference of {difference:.2e} of the largest logit; nothing was kept"
+            f"got a difference of {difference:.2e} of the largest logit and {changed:.2%} other choices of the "
+            "routers; nothing was kept"
         )
 
 
-def _samples(
-    checkpoint: Checkpoint,
-    model: PreTrainedModel,
-    domains: Sequence[TextDomain],
-    run: Run,
-    answered: int = 0,
-) -> list[Samples]:
-    tokenizer, length = _tokenizer(checkpoint), _max_length(model, run)
-    if answered:
-        return [
-            generate_answers(d, model, tokenizer, length, answered, run.samples, run.seed)
-            for d in domains
-        ]
+def _samples(checkpoint: Checkpoint, domains: Sequence[TextDomain], run: Run) -> list[Samples]:
+    """Tokenize; needs no weights, so it comes before the model is loaded."""
+    model = adapter.empty_model(adapter.load_config(checkpoint.directory))
+    tokenizer, length = _tokenizer(checkpoint), _max_length(model.config, run)
     vocabulary = adapter.vocabulary(model)
     return [tokenize(d, tokenizer, length, run.samples, run.seed, vocabulary) for d in domains]
+
+
+def _answers(
+    checkpoint: Checkpoint, model: PreTrainedModel, domains: Sequence[TextDomain], run: Run
+) -> list[Samples]:
+    tokenizer, length = _tokenizer(checkpoint), _max_length(model.config, run)
+    return [
+        generate_answers(d, model, tokenizer, length, run.self_generate, run.samples, run.seed)
+        for d in domains
+    ]
 
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
@@ -232,8 +281,8 @@ def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _max_length(model: PreTrainedModel, run: Run) -> int:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
+def _max_length(config: PreTrainedConfig, run: Run) -> int:
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
     if run.max_length is not None and not 1 <= run.max_length <= limit:
         raise InvalidArgument(
             f"max_length must be between 1 and the model's {limit}, got {run.max_length}"

@@ -39,9 +39,15 @@ def source_of(checkpoint: Checkpoint) -> Source:
         Unsupported: It has no routed experts that tenp knows.
         CheckpointError: It is pruned already, or the expert tensors are not complete.
     """
-    if checkpoint.config.get("quantization_config", {}).get("quant_method") == "tenp":
+    quantized = (checkpoint.config.get("quantization_config") or {}).get("quant_method")
+    if quantized == "tenp":
         raise CheckpointError(
             f"{checkpoint.directory} is pruned already; prune the model it was made from"
+        )
+    if quantized is not None:
+        raise Unsupported(
+            f"{checkpoint.directory} must hold plain weights, got weights quantized by {quantized}; "
+            "prune an unquantized copy, then quantize"
         )
     model = adapter.empty_model(adapter.load_config(checkpoint.directory))
     experts = adapter.find_experts(model)
@@ -186,7 +192,7 @@ def export_padded(checkpoint: Checkpoint, out: Path) -> None:
     Raises:
         InvalidArgument: The checkpoint is not one of experts of different widths.
     """
-    settings = checkpoint.config.get("quantization_config", {})
+    settings = checkpoint.config.get("quantization_config") or {}
     if settings.get("quant_method") != "tenp":
         raise InvalidArgument(
             f"export: {checkpoint.directory} must be a checkpoint pruned to different widths, got a stock one"

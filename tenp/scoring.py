@@ -7,7 +7,8 @@ domains are normalised and combined here, once for all of them. Equations: docs/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -65,17 +66,19 @@ def score(
         `Scores`, deterministic in the statistics.
 
     Raises:
-        InvalidArgument: A criterion or a domain is not known.
+        InvalidArgument: A criterion or a domain is not known, or a weight is no weight.
     """
     expert = _look_up("expert_criterion", expert_criterion, EXPERT_CRITERIA)
     neuron = _look_up("neuron_criterion", neuron_criterion, NEURON_CRITERIA)
-    weights = _domain_weights(statistics, domain_weights or {})
+    weights = weights_of([domain.name for domain in statistics.domains], domain_weights or {})
     return Scores(
         experts={
-            l: combine_experts(expert(layer), weights) for l, layer in statistics.layers.items()
+            index: combine_experts(expert(layer), weights)
+            for index, layer in statistics.layers.items()
         },
         neurons={
-            l: combine_neurons(neuron(layer), weights) for l, layer in statistics.layers.items()
+            index: combine_neurons(neuron(layer), weights)
+            for index, layer in statistics.layers.items()
         },
     )
 
@@ -116,8 +119,19 @@ def _look_up(argument: str, name: str, table: Mapping[str, Criterion]) -> Criter
     return table[name]
 
 
-def _domain_weights(statistics: Statistics, weights: Mapping[str, float]) -> Tensor:
-    names = [domain.name for domain in statistics.domains]
-    if unknown := weights.keys() - set(names):
-        raise InvalidArgument(f"score: domain weights must be for {names}, got {sorted(unknown)}")
-    return torch.tensor([weights.get(name, 1.0) for name in names], dtype=torch.float64)
+def weights_of(domains: Sequence[str], weights: Mapping[str, float]) -> Tensor:
+    """Return the weight of every domain, `[D]` float64: as given, or 1.
+
+    Raises:
+        InvalidArgument: A weight is for a domain that is not there, is negative, or all are 0.
+    """
+    if unknown := weights.keys() - set(domains):
+        raise InvalidArgument(
+            f"score: domain weights must be for {list(domains)}, got {sorted(unknown)}"
+        )
+    values = [weights.get(name, 1.0) for name in domains]
+    if not all(0 <= value < math.inf for value in values) or not any(values):
+        raise InvalidArgument(
+            f"score: domain weights must be 0 or more and not all 0, got {dict(weights)}"
+        )
+    return torch.tensor(values, dtype=torch.float64)
