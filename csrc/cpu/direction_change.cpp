@@ -3,37 +3,50 @@
 
 #include "core/backend.h"
 #include "core/dispatch.h"
+#include "cpu/isa/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/row_sums.h"
+#include "cpu/scratch.h"
 
 namespace tenp::cpu {
+namespace {
+
+/// |y| (1 - cos(x, y)) = |y| - <x, y> / |x|
+template <class T>
+double direction_change(const T* x, const T* y, std::int64_t size) {
+    const auto dot = kernels().of<T>().dot;
+    const double yy = dot(y, y, size);
+    const double xx = dot(x, x, size);
+    if (yy == 0) {
+        return 0;
+    }
+    const double along_x = xx == 0 ? 0 : dot(x, y, size) / std::sqrt(xx);
+    return std::sqrt(yy) - along_x;
+}
+
+}  // namespace
 
 void accumulate_direction_change(const DirectionChangeArgs& args) {
     const std::int64_t experts = args.direction_change.shape[0];
-    const std::int64_t hidden_size = args.hidden.shape[1];
     const auto* offsets = data<const std::int32_t>(args.offsets);
     const auto* tokens = data<const std::int32_t>(args.tokens);
     const auto* gates = data<const float>(args.gates);
+
+    thread_local Scratch scratch;
+    auto* changes = scratch.get<double>(args.outputs.shape[0]);
     dispatch(args.hidden.dtype, Floats{}, [&]<class T>() {
-        parallel_for(experts, [&](std::int64_t expert) {
-            double sum = 0;
-            for (std::int64_t row = offsets[expert]; row < offsets[expert + 1]; ++row) {
-                const T* x = data<const T>(args.hidden) + tokens[row] * args.hidden.stride[0];
-                const T* y = data<const T>(args.outputs) + row * args.outputs.stride[0];
-                double xx = 0, xy = 0, yy = 0;
-                for (std::int64_t h = 0; h < hidden_size; ++h) {
-                    const double a = to_float(x[h]), b = to_float(y[h]);
-                    xx += a * a;
-                    xy += a * b;
-                    yy += b * b;
-                }
-                if (yy == 0) {
-                    continue;
-                }
-                const double along = xx == 0 ? 0 : xy / std::sqrt(xx);
-                sum += gates[row] * (std::sqrt(yy) - along);
-            }
-            data<double>(args.direction_change)[expert] += sum;
+        for_each_row(offsets[0], offsets[experts], [&](std::int64_t row) {
+            const T* x = data<const T>(args.hidden) + tokens[row] * args.hidden.stride[0];
+            const T* y = data<const T>(args.outputs) + row * args.outputs.stride[0];
+            changes[row] = gates[row] * direction_change(x, y, args.hidden.shape[1]);
         });
+    });
+    parallel_for(experts, [&](std::int64_t expert) {
+        double sum = 0;
+        for (std::int64_t row = offsets[expert]; row < offsets[expert + 1]; ++row) {
+            sum += changes[row];
+        }
+        data<double>(args.direction_change)[expert] += sum;
     });
 }
 

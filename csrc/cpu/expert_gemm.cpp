@@ -1,88 +1,330 @@
 // SPDX-License-Identifier: Apache-2.0
+#include "tenp/expert_gemm.h"
+
 #include <algorithm>
-#include <cmath>
+#include <span>
 #include <vector>
 
 #include "core/backend.h"
 #include "core/dispatch.h"
+#include "cpu/isa/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "tenp/error.h"
 
 namespace tenp::cpu {
 namespace {
 
-float activate(Activation activation, float z) {
-    switch (activation) {
-        case Activation::kSilu: return z / (1 + std::exp(-z));
-        case Activation::kGelu: return 0.5f * z * (1 + std::erf(z * 0.70710678f));
-        case Activation::kGeluTanh:
-            return 0.5f * z * (1 + std::tanh(0.79788456f * (z + 0.044715f * z * z * z)));
-        case Activation::kRelu: return z < 0 ? 0 : z;
-        case Activation::kRelu2: return z < 0 ? 0 : z * z;
-        case Activation::kSwigluOai: break;
-    }
-    return z;
+/// Rows that go through the layer at a time. It bounds the workspace; weights are read once more
+/// for every chunk, which at this size no longer shows.
+constexpr std::int64_t kChunkRows = 16384;
+
+/// With fewer rows than this an expert's weights are mostly waited for, so they are read in longer
+/// pieces.
+constexpr std::int64_t kFewRows = 32;
+
+/// Tokens that one task combines.
+constexpr std::int64_t kCombineTokens = 16;
+
+std::int64_t tokens_per_chunk(std::int64_t tokens, std::int64_t per_token) {
+    return std::min(
+        tokens, std::max<std::int64_t>(1, kChunkRows / std::max<std::int64_t>(1, per_token))
+    );
 }
+
+/// Where things are in the workspace; offsets and the size are in bytes.
+class Workspace {
+ public:
+    Workspace(
+        std::int64_t tokens,
+        std::int64_t per_token,
+        std::int64_t hidden_size,
+        std::int64_t experts,
+        std::int64_t max_width,
+        DType dtype
+    ) {
+        const std::int64_t rows = tokens_per_chunk(tokens, per_token) * per_token;
+        offsets_ = take(experts + 1, 1, sizeof(std::int32_t));
+        slots_ = take(rows, 1, sizeof(std::int32_t));
+        rows_ = take(rows, 1, sizeof(std::int32_t));
+        activations_ = take(rows, max_width, dtype_size(dtype));
+        outputs_ = take(rows, hidden_size, sizeof(float));
+    }
+
+    /// Room to align the caller's address included.
+    std::size_t bytes() const { return size_ + kAlignment; }
+
+    void place(void* memory) {
+        const auto address = reinterpret_cast<std::uintptr_t>(memory);
+        base_ = static_cast<char*>(memory) + (kAlignment - address % kAlignment) % kAlignment;
+    }
+
+    std::int32_t* offsets() const { return at<std::int32_t>(offsets_); }
+    std::int32_t* slots() const { return at<std::int32_t>(slots_); }
+    std::int32_t* rows() const { return at<std::int32_t>(rows_); }
+    template <class T>
+    T* activations() const {
+        return at<T>(activations_);
+    }
+    float* outputs() const { return at<float>(outputs_); }
+
+ private:
+    static constexpr std::size_t kAlignment = 64;
+
+    /// Extents are below 2^31, so only the multiplication by the element's size can overflow.
+    std::size_t take(std::int64_t rows, std::int64_t columns, std::size_t element) {
+        const std::size_t first = size_;
+        const auto count = static_cast<std::size_t>(rows) * static_cast<std::size_t>(columns);
+        std::size_t bytes = 0;
+        if (__builtin_mul_overflow(count, element, &bytes) ||
+            __builtin_add_overflow(size_, bytes + kAlignment, &size_)) {
+            throw InvalidArgument(
+                "expert_gemm: sizes must be such that a workspace fits, got more"
+            );
+        }
+        size_ = size_ / kAlignment * kAlignment;
+        return first;
+    }
+
+    template <class T>
+    T* at(std::size_t offset) const {
+        return reinterpret_cast<T*>(base_ + offset);
+    }
+
+    char* base_ = nullptr;
+    std::size_t size_ = 0;
+    std::size_t offsets_, slots_, rows_, activations_, outputs_;
+};
+
+/// One block of a product: rows of one expert by columns (neurons or hidden dimensions).
+struct Task {
+    std::int64_t expert;
+    std::int64_t row;
+    std::int64_t rows;
+    std::int64_t column;
+    std::int64_t columns;
+};
+
+template <class T>
+class Layer {
+ public:
+    Layer(const ExpertGemmArgs& args, const Workspace& workspace, std::int64_t max_width)
+        : args_(args),
+          offsets_(workspace.offsets()),
+          slots_(workspace.slots()),
+          rows_(workspace.rows()),
+          activations_(workspace.template activations<T>()),
+          outputs_(workspace.outputs()),
+          max_width_(max_width) {}
+
+    /// Tokens first_..first_ + tokens - 1, from routing to the sum over slots.
+    void run(std::int64_t first_token, std::int64_t tokens) {
+        first_token_ = first_token;
+        tokens_ = tokens;
+        sort_rows();
+
+        for_each_block(
+            [&](std::int64_t expert) { return widths()[expert]; },
+            [&](std::int64_t) { return args_.gated ? kGemmColumns / 2 : kGemmColumns; },
+            [&](const Task& task) { compute_activations(task); }
+        );
+        for_each_block(
+            [&](std::int64_t) { return hidden_size(); },
+            [&](std::int64_t rows) { return rows < kFewRows ? kGemmWideColumns : kGemmColumns; },
+            [&](const Task& task) { compute_outputs(task); }
+        );
+        parallel_for((tokens + kCombineTokens - 1) / kCombineTokens, [&](std::int64_t task) {
+            const std::int64_t begin = task * kCombineTokens;
+            for (std::int64_t token = begin; token < std::min(tokens, begin + kCombineTokens);
+                 ++token) {
+                combine_slots(token);
+            }
+        });
+    }
+
+ private:
+    std::int64_t hidden_size() const { return args_.hidden.shape[1]; }
+    std::int64_t per_token() const { return args_.expert_ids.shape[1]; }
+    std::int64_t experts() const { return args_.widths.shape[0]; }
+    const std::int32_t* widths() const { return data<const std::int32_t>(args_.widths); }
+    const float* gates() const {
+        return data<const float>(args_.gates) + first_token_ * per_token();
+    }
+
+    void sort_rows() {
+        auto* ids = data<std::int32_t>(args_.expert_ids) + first_token_ * per_token();
+        RoutingArgs args;
+        args.expert_ids = contiguous_view(ids, {tokens_, per_token()});
+        args.offsets = contiguous_view(offsets_, {experts() + 1});
+        args.slots = contiguous_view(slots_, {tokens_ * per_token()});
+        args.rows = contiguous_view(rows_, {tokens_, per_token()});
+        route(args);
+    }
+
+    /// Calls f on all threads for blocks that cover every expert's rows and its width(expert)
+    /// columns, columns(rows of the block) at a time.
+    template <class Width, class Columns, class F>
+    void for_each_block(Width width, Columns columns, F f) {
+        tasks_.clear();
+        for (std::int64_t expert = 0; expert < experts(); ++expert) {
+            const std::int64_t last = offsets_[expert + 1];
+            for (std::int64_t row = offsets_[expert]; row < last; row += kGemmRows) {
+                const std::int64_t rows = std::min(kGemmRows, last - row);
+                const std::int64_t step = columns(rows);
+                for (std::int64_t column = 0; column < width(expert); column += step) {
+                    tasks_.push_back(
+                        {expert, row, rows, column, std::min(step, width(expert) - column)}
+                    );
+                }
+            }
+        }
+        parallel_for(std::ssize(tasks_), [&](std::int64_t task) {
+            f(tasks_[static_cast<std::size_t>(task)]);
+        });
+    }
+
+    /// m of a block of neurons: gate and up in one product, then the activation.
+    void compute_activations(const Task& task) {
+        thread_local Scratch scratch;
+        auto* gemm_scratch = scratch.get<float>(kGemmScratch + kGemmRows * kGemmColumns);
+        float* products = gemm_scratch + kGemmScratch;
+
+        std::int64_t tokens[kGemmRows];
+        for (std::int64_t row = 0; row < task.rows; ++row) {
+            tokens[row] = first_token_ + slots_[task.row + row] / per_token();
+        }
+        const std::int64_t packed_rows = args_.down.shape[0];
+        const std::int64_t first_neuron = packed_row(task.expert) + task.column;
+        std::int64_t weight_rows[kGemmColumns];
+        std::int64_t columns = 0;
+        for (std::int64_t matrix = 0; matrix < (args_.gated ? 2 : 1); ++matrix) {
+            for (std::int64_t neuron = 0; neuron < task.columns; ++neuron) {
+                weight_rows[columns++] = matrix * packed_rows + first_neuron + neuron;
+            }
+        }
+        kernels().of<T>().gemm_nt({
+            .a = {data<const T>(args_.hidden), args_.hidden.stride[0], tokens},
+            .b = {data<const T>(args_.gate_up), hidden_size(), weight_rows},
+            .c = products,
+            .c_stride = kGemmColumns,
+            .rows = task.rows,
+            .columns = columns,
+            .depth = hidden_size(),
+            .scratch = gemm_scratch,
+        });
+
+        const auto* bias = data<const T>(args_.gate_up_bias);
+        Activate<T> activate{
+            .count = task.columns,
+            .activation = args_.activation,
+            .limit = args_.limit,
+            .alpha = args_.alpha,
+        };
+        if (bias != nullptr) {
+            activate.gate_bias = bias + first_neuron;
+            activate.up_bias = bias + first_neuron + (args_.gated ? packed_rows : 0);
+        }
+        for (std::int64_t row = 0; row < task.rows; ++row) {
+            const float* product = products + row * kGemmColumns;
+            activate.gate = args_.gated ? product : nullptr;
+            activate.up = args_.gated ? product + task.columns : product;
+            activate.out = activations_ + (task.row + row) * max_width_ + task.column;
+            kernels().of<T>().activate(activate);
+        }
+    }
+
+    /// y of a block of hidden dimensions.
+    void compute_outputs(const Task& task) {
+        thread_local Scratch scratch;
+        float* y = outputs_ + task.row * hidden_size() + task.column;
+        kernels().of<T>().gemm_nn({
+            .a = {activations_ + task.row * max_width_, max_width_},
+            .b =
+                {data<const T>(args_.down) + packed_row(task.expert) * hidden_size() + task.column,
+                 hidden_size()},
+            .c = y,
+            .c_stride = hidden_size(),
+            .rows = task.rows,
+            .columns = task.columns,
+            .depth = widths()[task.expert],
+            .scratch = scratch.get<float>(kGemmScratch),
+        });
+        if (const auto* bias = data<const T>(args_.down_bias)) {
+            bias += task.expert * hidden_size() + task.column;
+            for (std::int64_t row = 0; row < task.rows; ++row) {
+                kernels().of<T>().add_row(y + row * hidden_size(), bias, task.columns);
+            }
+        }
+    }
+
+    void combine_slots(std::int64_t token) {
+        thread_local std::vector<std::int64_t> rows;
+        thread_local std::vector<float> weights;
+        rows.clear();
+        weights.clear();
+        for (std::int64_t slot = token * per_token(); slot < (token + 1) * per_token(); ++slot) {
+            if (rows_[slot] >= 0) {
+                rows.push_back(rows_[slot]);
+                weights.push_back(gates()[slot]);
+            }
+        }
+        kernels().of<T>().combine({
+            .y = {outputs_, hidden_size()},
+            .rows = rows.data(),
+            .weights = weights.data(),
+            .terms = std::ssize(rows),
+            .out = data<T>(args_.out) + (first_token_ + token) * args_.out.stride[0],
+            .count = hidden_size(),
+        });
+    }
+
+    std::int64_t packed_row(std::int64_t expert) const {
+        return data<const std::int32_t>(args_.neuron_offsets)[expert];
+    }
+
+    const ExpertGemmArgs& args_;
+    std::int32_t* offsets_;
+    std::int32_t* slots_;
+    std::int32_t* rows_;
+    T* activations_;  // m: [rows of the chunk, max_width]
+    float* outputs_;  // y: [rows of the chunk, H]
+    std::int64_t max_width_;
+    std::int64_t first_token_ = 0;
+    std::int64_t tokens_ = 0;
+    std::vector<Task> tasks_;
+};
 
 }  // namespace
 
 std::size_t expert_gemm_workspace_bytes(
-    std::int64_t tokens, std::int64_t k, std::int64_t, std::int64_t, std::int64_t, DType
+    std::int64_t tokens,
+    std::int64_t experts_per_token,
+    std::int64_t hidden_size,
+    std::int64_t num_experts,
+    std::int64_t max_width,
+    DType dtype
 ) {
-    return static_cast<std::size_t>(tokens * k * 4);
+    return Workspace(tokens, experts_per_token, hidden_size, num_experts, max_width, dtype).bytes();
 }
 
 void expert_gemm(const ExpertGemmArgs& args) {
-    const std::int64_t tokens = args.hidden.shape[0], H = args.hidden.shape[1];
-    const std::int64_t k = args.expert_ids.shape[1], experts = args.widths.shape[0];
-    const std::int64_t R = args.down.shape[0];
-    const auto* ids = data<const std::int32_t>(args.expert_ids);
-    const auto* gates = data<const float>(args.gates);
-    const auto* widths = data<const std::int32_t>(args.widths);
-    const auto* first = data<const std::int32_t>(args.neuron_offsets);
+    const std::int64_t tokens = args.hidden.shape[0];
+    const std::int64_t per_token = args.expert_ids.shape[1];
+    const std::span<const std::int32_t> widths(
+        data<const std::int32_t>(args.widths), static_cast<std::size_t>(args.widths.shape[0])
+    );
+    const std::int64_t max_width = widths.empty() ? 0 : *std::ranges::max_element(widths);
+    Workspace workspace(
+        tokens, per_token, args.hidden.shape[1], args.widths.shape[0], max_width, args.hidden.dtype
+    );
+    workspace.place(args.workspace.data);
+
+    const std::int64_t chunk = tokens_per_chunk(tokens, per_token);
     dispatch(args.hidden.dtype, Floats{}, [&]<class T>() {
-        parallel_for(tokens, [&](std::int64_t t) {
-            const auto n = static_cast<std::size_t>(H);
-            std::vector<float> sum(n), y(n);
-            const T* x = data<const T>(args.hidden) + t * args.hidden.stride[0];
-            for (std::int64_t j = 0; j < k; ++j) {
-                const std::int64_t e = ids[t * k + j];
-                if (e < 0 || e >= experts) continue;
-                std::fill(y.begin(), y.end(), 0.f);
-                for (std::int64_t i = 0; i < widths[e]; ++i) {
-                    const auto fc1 = [&](std::int64_t row) {
-                        const T* w = data<const T>(args.gate_up) + row * H;
-                        float z = 0;
-                        for (std::int64_t h = 0; h < H; ++h) z += to_float(x[h]) * to_float(w[h]);
-                        if (args.gate_up_bias.data)
-                            z += to_float(data<const T>(args.gate_up_bias)[row]);
-                        return z;
-                    };
-                    const std::int64_t row = first[e] + i;
-                    float m;
-                    if (!args.gated) {
-                        m = activate(args.activation, fc1(row));
-                    } else if (args.activation == Activation::kSwigluOai) {
-                        const float g = std::min(fc1(row), args.limit);
-                        const float u = std::clamp(fc1(R + row), -args.limit, args.limit);
-                        m = (u + 1) * g / (1 + std::exp(-args.alpha * g));
-                    } else {
-                        m = activate(args.activation, fc1(row)) * fc1(R + row);
-                    }
-                    m = to_float(from_float<T>(m));
-                    const T* w = data<const T>(args.down) + row * H;
-                    for (std::size_t h = 0; h < n; ++h) y[h] += m * to_float(w[h]);
-                }
-                for (std::size_t h = 0; h < n; ++h) {
-                    if (args.down_bias.data)
-                        y[h] += to_float(
-                            data<const T>(args.down_bias)[static_cast<std::size_t>(e) * n + h]
-                        );
-                    sum[h] += gates[t * k + j] * y[h];
-                }
-            }
-            T* out = data<T>(args.out) + t * args.out.stride[0];
-            for (std::size_t h = 0; h < n; ++h) out[h] = from_float<T>(sum[h]);
-        });
+        Layer<T> layer(args, workspace, max_width);
+        for (std::int64_t token = 0; token < tokens; token += chunk) {
+            layer.run(token, std::min(chunk, tokens - token));
+        }
     });
 }
 

@@ -1,11 +1,54 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
+#include <string>
+
 #include "cpu/isa/kernels.h"
+#include "tenp/error.h"
 
 namespace tenp::cpu {
+namespace {
+
+struct Choice {
+    const Kernels& kernels;
+    bool runs_here;
+};
+
+const Kernels& choose() {
+    const Choice choices[] = {
+    // the best first
+#if defined(TENP_X86_KERNELS)
+        {kAvx512Kernels, __builtin_cpu_supports("avx512f") != 0},
+        {kAvx2Kernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#endif
+        {kPortableKernels, true},
+    };
+    const char* wanted = std::getenv("TENP_ISA");
+    if (wanted == nullptr || *wanted == '\0') {
+        wanted = nullptr;
+    }
+    for (const auto& [kernels, runs_here] : choices) {
+        if (wanted == nullptr ? runs_here : std::string(wanted) == kernels.name) {
+            if (!runs_here) {
+                throw Unsupported(std::string("cpu_isa: this machine has no ") + wanted);
+            }
+            return kernels;
+        }
+    }
+    for (const char* name : {"portable", "avx2", "avx512"}) {
+        if (std::string(wanted) == name) {
+            throw Unsupported(std::string("cpu_isa: this build has no kernels for ") + name);
+        }
+    }
+    throw InvalidArgument(
+        std::string("cpu_isa: TENP_ISA must be portable, avx2 or avx512, got '") + wanted + "'"
+    );
+}
+
+}  // namespace
 
 const Kernels& kernels() {
-    static const Kernels portable{"portable"};
-    return portable;
+    static const Kernels& chosen = choose();
+    return chosen;
 }
 
 }  // namespace tenp::cpu

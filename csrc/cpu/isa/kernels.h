@@ -1,13 +1,133 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
+#include "core/float16.h"
+#include "tenp/expert_gemm.h"
+
+// The inner loops of the CPU backend, compiled once per instruction set from isa/kernels.inc.h.
+// They run on the calling thread and assume what the ops have checked. T is the element type of a
+// call: float, BFloat16 or Float16.
+
 namespace tenp::cpu {
 
-/// The kernels of one instruction set.
-struct Kernels {
-    const char* name;
+/// Rows of a matrix, each contiguous: row r starts at data + (index == nullptr ? r : index[r]) *
+/// stride.
+template <class T>
+struct Rows {
+    const T* data = nullptr;
+    std::int64_t stride = 0;
+    const std::int64_t* index = nullptr;
+
+    [[gnu::always_inline]] const T* operator[](std::int64_t row) const {
+        return data + (index == nullptr ? row : index[row]) * stride;
+    }
 };
 
+/// A matrix product takes at most this many columns at a time, so that its block of B fits L2.
+inline constexpr std::int64_t kGemmColumns = 128;
+
+/// gemm_nn takes up to this many: with few rows, what counts is to read B in long pieces.
+inline constexpr std::int64_t kGemmWideColumns = 1024;
+
+/// Rows for which it is worth to convert that block again.
+inline constexpr std::int64_t kGemmRows = 384;
+
+/// Floats of scratch that a matrix product uses.
+inline constexpr std::int64_t kGemmScratch = (kGemmColumns + 16) * 544;
+
+/// C = A B^T (gemm_nt) or C = A B (gemm_nn), accumulated in float32. What a row of C gets does not
+/// depend on the other rows of the call.
+template <class T>
+struct Gemm {
+    Rows<T> a;           // [rows, depth]
+    Rows<T> b;           // [columns, depth] for nt, [depth, columns] for nn
+    float* c = nullptr;  // [rows, columns], overwritten
+    std::int64_t c_stride = 0;
+    std::int64_t rows = 0;
+    std::int64_t columns = 0;  // 1..kGemmColumns; for nn, 1..kGemmWideColumns
+    std::int64_t depth = 0;    // 0 gives zeros
+    float* scratch = nullptr;  // [kGemmScratch]
+};
+
+/// One row of m = act(gate + gate_bias) * (up + up_bias); without a gate, act(up + up_bias).
+template <class T>
+struct Activate {
+    const float* gate = nullptr;   // [count]; null: none
+    const float* up = nullptr;     // [count]
+    const T* gate_bias = nullptr;  // [count]; null: none
+    const T* up_bias = nullptr;    // [count]; null: none
+    T* out = nullptr;              // [count], rounded once
+    std::int64_t count = 0;
+    Activation activation = Activation::kSilu;
+    float limit = 0;
+    float alpha = 0;
+};
+
+/// One token's out = sum over i of weights[i] * y[rows[i]], in that order.
+template <class T>
+struct Combine {
+    Rows<float> y;
+    const std::int64_t* rows = nullptr;  // [terms]
+    const float* weights = nullptr;      // [terms]
+    std::int64_t terms = 0;
+    T* out = nullptr;  // [count], rounded once
+    std::int64_t count = 0;
+};
+
+/// Adds rows of one expert, in order, to sums over its neurons; see neuron_contribution.h. The sums
+/// are as long as kGemmColumns: a tail of neurons is filled up with zeros to a whole vector.
+template <class T>
+struct Contribute {
+    Rows<T> activations;              // m: [rows, count]
+    const float* products = nullptr;  // q = <w, y>: [rows, products_stride]
+    std::int64_t products_stride = 0;
+    const double* norms = nullptr;  // |y|: [rows]
+    const float* gates = nullptr;   // [rows]
+    std::int64_t rows = 0;
+    std::int64_t count = 0;        // neurons, <= kGemmColumns
+    double* projection = nullptr;  // [kGemmColumns], as the next three
+    double* magnitude = nullptr;
+    double* energy = nullptr;
+    double* peak = nullptr;
+};
+
+template <class T>
+struct TypedKernels {
+    void (*gemm_nt)(const Gemm<T>&);
+    void (*gemm_nn)(const Gemm<T>&);
+    void (*activate)(const Activate<T>&);
+    void (*combine)(const Combine<T>&);
+    void (*contribute)(const Contribute<T>&);
+    void (*add_row)(float* sum, const T* row, std::int64_t count);
+    double (*dot)(const T* a, const T* b, std::int64_t count);  // products and sum in float64
+};
+
+struct Kernels {
+    const char* name;
+    TypedKernels<float> float32;
+    TypedKernels<BFloat16> bfloat16;
+    TypedKernels<Float16> float16;
+
+    template <class T>
+    const TypedKernels<T>& of() const {
+        if constexpr (std::is_same_v<T, float>) {
+            return float32;
+        } else if constexpr (std::is_same_v<T, BFloat16>) {
+            return bfloat16;
+        } else {
+            return float16;
+        }
+    }
+};
+
+extern const Kernels kPortableKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+
+/// The kernels that this process uses; see cpu_isa().
 const Kernels& kernels();
 
 }  // namespace tenp::cpu
