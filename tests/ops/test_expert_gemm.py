@@ -21,6 +21,7 @@ from support.op_cases import (
 )
 from support.tolerance import (
     assert_close,
+    assert_rounded_once,
     assert_similar,
     expert_gemm_tolerance,
     expert_gemm_tolerance_of_the_whole,
@@ -100,6 +101,22 @@ def test_no_less_accurate_than_torch_in_the_same_dtype(
         by_torch.index_add_(0, token, y)
     error_of_torch = (by_torch.double() - expected).abs().max()
     assert (out_of(inputs, device).double() - expected).abs().max() <= 2 * error_of_torch
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "relu"])
+def test_nothing_but_m_and_the_output_is_rounded_to_the_dtype(
+    activation: str, device: torch.device
+) -> None:
+    case = ExpertGemmCase(
+        tokens=129,
+        hidden_size=96,
+        widths=(96, 64, 32),
+        activation=activation,
+        dtype=torch.bfloat16,
+    )
+    inputs = make_expert_gemm(case)
+    expected = reference.expert_gemm(**inputs.arguments())
+    assert_rounded_once(case, inputs, out_of(inputs, device), expected)
 
 
 def test_a_token_without_an_expert_gets_zero(device: torch.device) -> None:
