@@ -52,17 +52,7 @@ def collect(
         Float64 sums on the CPU; the same call gives the same bits.
     """
     layers = find_experts(model)
-    if second_moments:
-        moments.check_memory(layers, len(samples))
-        samples = moments.halves(samples)
-    domains = [Domain(s.domain, len(s.ids), s.tokens(), (s.digest(),)) for s in samples]
-    shapes = {experts.layer: (experts.num_experts, experts.width) for experts in layers}
-    hidden = layers[0].down.shape[1]
-    statistics = Statistics.zeros(
-        source, domains, shapes, settings or {}, hidden=hidden
-    )
-    for experts in layers if second_moments else []:
-        statistics.layers[experts.layer].update(moments.empty(experts, len(domains)))
+    samples, statistics = begin(layers, samples, source, settings, second_moments)
     collector = _Collector(layers, statistics)
     with experts_replaced(model, collector):
         for row, domain in enumerate(samples):
@@ -73,10 +63,48 @@ def collect(
                 model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
                 if progress is not None:
                     progress(domain.domain, int(mask.sum()))
+    return finish(statistics)
+
+
+def begin(
+    layers: Sequence[Experts],
+    samples: Sequence[Samples],
+    source: Source,
+    settings: dict[str, Any] | None = None,
+    second_moments: bool = False,
+) -> tuple[Sequence[Samples], Statistics]:
+    """Return the samples as they are to be run, and the statistics of no token to add to.
+
+    Args:
+        layers: The routed experts of the model.
+        samples: One entry per domain.
+        source: The checkpoint.
+        settings: Recorded in the statistics.
+        second_moments: As in `collect`.
+    """
+    if second_moments:
+        moments.check_memory(layers, len(samples))
+        samples = moments.halves(samples)
+    domains = [Domain(s.domain, len(s.ids), s.tokens(), (s.digest(),)) for s in samples]
+    shapes = {experts.layer: (experts.num_experts, experts.width) for experts in layers}
+    hidden = layers[0].down.shape[1]
+    statistics = Statistics.zeros(source, domains, shapes, settings or {}, hidden=hidden)
+    for experts in layers if second_moments else []:
+        statistics.layers[experts.layer].update(moments.empty(experts, len(domains)))
+    return samples, statistics
+
+
+def finish(statistics: Statistics) -> Statistics:
+    """Return statistics of `begin`, with all batches added, on the CPU and as they are kept.
+
+    Raises:
+        DataError: They hold no numbers.
+    """
     for tensors in statistics.layers.values():
         tensors.update({name: tensor.cpu() for name, tensor in tensors.items()})
     require_finite(statistics)
-    return moments.join_halves(statistics) if second_moments else statistics
+    has_halves = any("second_moment" in tensors for tensors in statistics.layers.values())
+    return moments.join_halves(statistics) if has_halves else statistics
 
 
 def require_finite(statistics: Statistics) -> None:
@@ -120,9 +148,7 @@ class _Collector:
             layer.update(
                 {name: tensor.to(hidden.device) for name, tensor in layer.items()}
             )
-            layer["down_norm"].copy_(column_norms(experts.down))
-            if "down_gram" in layer:
-                layer["down_gram"].copy_(moments.down_gram(experts))
+            note_weights(experts, layer)
         attended = self.attended.to(hidden.device)
         routed = route(experts, hidden, top_k_index, top_k_weights, attended)
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
@@ -171,6 +197,20 @@ def route(
     totals.index_add_(0, tokens, gates.double())
     shares = gates.double() / torch.where(totals > 0, totals, 1.0)[tokens]
     return Routed(hidden, routing.offsets, tokens, gates, shares)
+
+
+def note_weights(experts: Experts, layer: LayerStatistics, first: int = 0) -> None:
+    """Keep the facts of the weights of some experts.
+
+    Args:
+        experts: n experts, with their weights.
+        layer: The statistics of their layer, written to.
+        first: Which of the layer's experts is the first of the n.
+    """
+    mine = slice(first, first + experts.num_experts)
+    layer["down_norm"][mine].copy_(column_norms(experts.down))
+    if "down_gram" in layer:
+        layer["down_gram"][mine].copy_(moments.down_gram(experts))
 
 
 def domain_sums(layer: LayerStatistics, domain: int) -> LayerStatistics:

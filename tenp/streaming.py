@@ -9,6 +9,7 @@ statistics, are those of `tenp.calibration`, so the results are the same bits.
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -19,18 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from tenp.adapter import Experts, experts_replaced
-from tenp.calibration import (
-    Routed,
-    add_experts,
-    column_norms,
-    domain_sums,
-    route,
-)
+from tenp.calibration import Routed, add_experts, begin, domain_sums, finish, note_weights, route
+from tenp.distributed import Group
+from tenp.errors import CheckpointError
 from tenp.layerwise import LayerwiseModel
 from tenp.samples import Samples
 from tenp.source import Source
-from tenp.statistics import Domain, LayerStatistics, Statistics
+from tenp.statistics import ALL_STATISTICS, LayerStatistics, Statistics
 from tenp.storage import Storage
+from tenp.workdir import WorkDirectory
 
 Stream = Literal["none", "layers", "experts"]
 
@@ -82,10 +80,11 @@ class StreamedCalibration:
 
     Args:
         model: The model.
-        batches: What to run it on.
+        batches: What to run it on, all processes together.
         stream: `layers` or `experts`.
         storage: Room for activations.
         progress: Told of every batch or expert.
+        group: The processes that share the work; this one alone if not given.
     """
 
     def __init__(
@@ -95,16 +94,50 @@ class StreamedCalibration:
         stream: Stream,
         storage: Storage,
         progress: Progress | None = None,
+        group: Group | None = None,
     ) -> None:
+        self._group = group or Group()
+        stretch = self._group.stretch([batch.tokens for batch in batches])
+        batches = batches[stretch.start : stretch.stop]
+        self._contributions: list[tuple[int, LayerStatistics]] = []
         self._model, self._batches, self._stream = model, batches, stream
         self._storage, self._progress = storage, progress
         self._device = model.device
         self.hidden: list[Tensor] | None = None  # [B, n, H] of every batch: the next layer's input
         self.last_layer = max(model.experts)  # nothing after it is measured
 
-    def start(self) -> None:
-        """Load the embeddings that the batches need."""
-        self._model.set_embeddings(torch.cat([batch.ids.flatten() for batch in self._batches]))
+    def resume(self, work: WorkDirectory, statistics: Statistics) -> int:
+        """Take over the finished layers of a work directory, and return the first layer to run."""
+        first = min(work.finished_layers(), self.last_layer + 1)
+        for layer in range(first):
+            finished = work.load_layer(layer)
+            self._model.returned[layer] = finished.facts["returned"]
+            sums = statistics.layers.get(layer, {})
+            if sums.keys() != finished.tensors.keys():
+                raise CheckpointError(
+                    f"{work.path} must have the statistics {sorted(sums)} of layer {layer}, "
+                    f"got {sorted(finished.tensors)}; remove it to start again"
+                )
+            for name, tensor in finished.tensors.items():
+                sums[name].copy_(tensor)
+            self._report(layer, " was finished before", sum(b.tokens for b in self._batches))
+        if 0 < first <= self.last_layer:
+            facts = finished.facts["hidden"][work.rank]
+            self.hidden = self._room(getattr(torch, facts["dtype"]), facts["size"])
+            work.load_hidden(first, facts, self.hidden)
+        return first
+
+    def save_layer(self, work: WorkDirectory, layer: int, sums: LayerStatistics | None) -> None:
+        """Keep a layer that has just run: first the next layer's input, then what says it is there."""
+        hidden = work.save_hidden(layer + 1, self.hidden) if self.hidden else None
+        facts = {
+            "returned": self._model.returned.get(layer, 0),
+            "hidden": self._group.gather(hidden),
+        }
+        if self._group.rank == 0:
+            work.save_layer(layer, sums or {}, facts)
+        self._group.wait()
+        work.drop_hidden(layer + 1)
 
     def run_layer(self, layer: int, sums: LayerStatistics | None) -> None:
         """Run all batches through a layer and add its statistics.
@@ -114,6 +147,8 @@ class StreamedCalibration:
             sums: The statistics of the layer, added to; None for a layer without routed experts.
         """
         model = self._model
+        if layer == 0:
+            model.set_embeddings(torch.cat([batch.ids.flatten() for batch in self._batches]))
         model.load(layer)
         is_last = layer == self.last_layer
         if sums is None:
@@ -124,12 +159,30 @@ class StreamedCalibration:
             read = model.expert_reader(layer)
             model.load_experts(layer, read)
             experts = model.experts[layer]
-            sums["down_norm"].copy_(column_norms(experts.down))
+            note_weights(experts, sums)
             outputs = self._forward(layer, self._measuring(experts, sums))
+            self._group.add_in_order(sums, self._take_contributions())
+        if sums is not None:
+            self._group.tell_all(sums)
+        if is_last:
+            outputs = []
         model.free(layer)
         if layer == 0:
             model.free_embeddings()
-        self.hidden = outputs
+        self.hidden = outputs or None
+
+    def _sums(self, sums: LayerStatistics, batch: Batch) -> LayerStatistics:
+        """Return what a batch adds to: the sums, or numbers of its own that are added in order later."""
+        mine = domain_sums(sums, batch.domain)
+        if self._group.rank == 0:
+            return mine
+        mine = {name: torch.zeros_like(tensor) for name, tensor in mine.items()}
+        self._contributions.append((batch.domain, mine))
+        return mine
+
+    def _take_contributions(self) -> list[tuple[int, LayerStatistics]]:
+        taken, self._contributions = self._contributions, []
+        return taken
 
     def _forward(
         self, layer: int, experts: Callable[[int], Callable[..., Tensor]] | None
@@ -164,7 +217,7 @@ class StreamedCalibration:
             ) -> Tensor:
                 routed = route(experts, hidden, index, weights, batch.attended.to(hidden.device))
                 out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-                add_experts(experts, routed, domain_sums(sums, batch.domain), out)
+                add_experts(experts, routed, self._sums(sums, batch), out)
                 return out.to(hidden.dtype)
 
             return compute
@@ -183,19 +236,24 @@ class StreamedCalibration:
             one = experts.with_parameters(
                 {name: value.to(self._device) for name, value in parameters.items()}
             )
-            sums["down_norm"][expert : expert + 1].copy_(column_norms(one.down))
+            note_weights(one, sums, first=expert)
+            # Views, with the expert's axis after that of domains.
+            of_one = {
+                name: tensor[:, expert : expert + 1]
+                for name, tensor in sums.items()
+                if ALL_STATISTICS[name].merge != "weights"
+            }
             for batch, rows, result in zip(self._batches, routed, results, strict=True):
-                mine = {
-                    name: value[expert : expert + 1]
-                    for name, value in domain_sums(sums, batch.domain).items()
-                }
-                rows = Routed(rows.hidden.to(self._device), rows.offsets, rows.tokens, rows.gates)
+                mine = self._sums(of_one, batch)
+                rows = dataclasses.replace(rows, hidden=rows.hidden.to(self._device))
                 out = result.to(self._device)
                 add_experts(one, rows, mine, out, first=expert)
                 if out is not result:
                     result.copy_(out)
+            self._group.add_in_order(of_one, self._take_contributions())
             done = total * (expert + 1) // count - total * expert // count
             self._report(layer, f", expert {expert + 1} of {count}", done)
+        del routed, rows
         if is_last:
             return []
 
@@ -234,7 +292,7 @@ class StreamedCalibration:
                 shapes = [(b.ids.numel(), routed.hidden.shape[1]) for b in self._batches]
                 inputs = self._storage.allocate(shapes, routed.hidden.dtype)
             inputs[number].copy_(routed.hidden)
-            recorded[number] = Routed(inputs[number], routed.offsets, routed.tokens, routed.gates)
+            recorded[number] = dataclasses.replace(routed, hidden=inputs[number])
         return recorded
 
     def _room(self, dtype: torch.dtype, size: int) -> list[Tensor]:
@@ -295,6 +353,9 @@ def collect(
     stream: Stream = "layers",
     storage: Storage | None = None,
     progress: Progress | None = None,
+    work: WorkDirectory | None = None,
+    group: Group | None = None,
+    second_moments: bool = False,
 ) -> Statistics:
     """Calibrate like `tenp.calibration.collect`, with the weights read layer by layer.
 
@@ -307,35 +368,26 @@ def collect(
         stream: `layers` or `experts`.
         storage: Room for activations; in memory if not given.
         progress: Told of every batch or expert.
+        work: Keeps finished layers; those that it has already are not run again.
+        group: The processes that share the batches; this one alone if not given.
+        second_moments: As in calibration in memory.
 
     Returns:
-        The same bits as calibration in memory with the same dtype and batches.
+        The same bits as calibration in memory with the same dtype and batches, in every process.
+
+    Raises:
+        CheckpointError: The checkpoint or the work directory is damaged, or a disk is full.
     """
-    statistics = empty_statistics(model, samples, source, settings or {})
-    run = StreamedCalibration(
-        model,
-        make_batches(samples, batch_tokens),
-        stream,
-        storage or Storage(),
-        progress,
-    )
-    run.start()
-    for layer in range(run.last_layer + 1):
-        run.run_layer(layer, statistics.layers.get(layer))
+    layers = list(model.experts.values())
+    samples, statistics = begin(layers, samples, source, settings, second_moments)
     for tensors in statistics.layers.values():
-        tensors.update({name: tensor.cpu() for name, tensor in tensors.items()})
-    return statistics
-
-
-def empty_statistics(
-    model: LayerwiseModel,
-    samples: Sequence[Samples],
-    source: Source,
-    settings: dict[str, Any],
-) -> Statistics:
-    """Return statistics of no token, on the model's device."""
-    domains = [Domain(s.domain, len(s.ids), s.tokens(), (s.digest(),)) for s in samples]
-    shapes = {
-        layer: (experts.num_experts, experts.width) for layer, experts in model.experts.items()
-    }
-    return Statistics.zeros(source, domains, shapes, settings, device=model.device)
+        tensors.update({name: tensor.to(model.device) for name, tensor in tensors.items()})
+    run = StreamedCalibration(
+        model, make_batches(samples, batch_tokens), stream, storage or Storage(), progress, group
+    )
+    first = run.resume(work, statistics) if work is not None else 0
+    for layer in range(first, run.last_layer + 1):
+        run.run_layer(layer, statistics.layers.get(layer))
+        if work is not None:
+            run.save_layer(work, layer, statistics.layers.get(layer))
+    return finish(statistics)
