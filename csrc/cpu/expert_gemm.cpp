@@ -158,7 +158,7 @@ class Layer {
         args.offsets = contiguous_view(offsets_, {experts() + 1});
         args.slots = contiguous_view(slots_, {tokens_ * per_token()});
         args.rows = contiguous_view(rows_, {tokens_, per_token()});
-        route(args);
+        cpu::route(args);
     }
 
     /// Calls f on all threads for blocks that cover every expert's rows and its width(expert)
