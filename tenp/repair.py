@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Refits the down projection of what is kept, so that it also does the work of what is pruned.
+
+For the kept neurons S the refitted columns are W~ = W T with T = (C_:S + r I_:S) (C_SS + r I)^-1: the
+ridge solution that pulls back to the original columns; r = 0 is least squares. T and every error are
+functions of C and W^T W alone, so they are known before any weight is read. Shapes and dtypes stay,
+so nothing changes when the model runs. In families with a down bias the bias is a last neuron of
+activation 1 that is always kept: its new column is the new bias. All in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tenp.errors import InvalidArgument
+from tenp.moments import FOLDS, unpack
+from tenp.statistics import LayerStatistics, Statistics
+
+#: Ridges to choose from, as shares of the mean diagonal of C_SS; the last one is no repair at all.
+RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e12)
+
+
+@dataclass(frozen=True)
+class Repair:
+    """How a plan's down projections are refitted; with the statistics it determines every weight.
+
+    Attributes:
+        ridges: Decoder layer index to r of every expert, a share of the mean diagonal of C_SS.
+        weights: What each domain's C is multiplied by, by name; `moment_weights` gives the default.
+    """
+
+    ridges: dict[int, list[float]]
+    weights: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """What repair, selection and allocation know of a layer.
+
+    Attributes:
+        gram: `[E, n, n]`, float64. W^T W, n the width, and one more where there is a down bias.
+        folds: `[2, E, n, n]`, float64. C of the two halves of the calibration samples.
+        width: The neurons among the n variables.
+    """
+
+    gram: Tensor
+    folds: Tensor
+    width: int
+
+    @property
+    def moment(self) -> Tensor:
+        """`[E, n, n]`: C of all samples."""
+        return self.folds.sum(dim=0)
+
+    def fixed(self) -> Tensor:
+        """Return `[n]` bool: the down bias, which is always kept."""
+        return torch.arange(self.gram.shape[-1]) >= self.width
+
+    def with_bias(self, keep: Tensor) -> Tensor:
+        """Return `[E, n]` for a mask `[E, I]`."""
+        return torch.nn.functional.pad(
+            keep, (0, self.gram.shape[-1] - self.width), value=True
+        )
+
+
+def require_moments(statistics: Statistics) -> None:
+    """Check that the statistics hold second moments.
+
+    Raises:
+        InvalidArgument: They do not.
+    """
+    if not all("second_moment" in layer for layer in statistics.layers.values()):
+        raise InvalidArgument(
+            "repair and the method best need statistics with second moments, got some without; "
+            "calibrate with --second-moments"
+        )
+
+
+def moment_weights(
+    statistics: Statistics, domain_weights: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Return a_d / T_d of every domain, so that errors are means over tokens, summed over domains.
+
+    Args:
+        statistics: One calibration.
+        domain_weights: a_d by domain name, 1 if not given.
+    """
+    given = domain_weights or {}
+    names = {domain.name for domain in statistics.domains}
+    if unknown := given.keys() - names:
+        raise InvalidArgument(
+            f"repair: domain weights must be for {sorted(names)}, got {sorted(unknown)}"
+        )
+    return {
+        d.name: given.get(d.name, 1.0) / max(d.tokens, 1) for d in statistics.domains
+    }
+
+
+def layer_moments(
+    statistics: Statistics, layer: int, weights: Mapping[str, float]
+) -> LayerMoments:
+    """Unpack a layer's second moments, summed over domains.
+
+    Args:
+        statistics: With second moments.
+        layer: Decoder layer index.
+        weights: What each domain's C is multiplied by, by name.
+    """
+    sums: LayerStatistics = statistics.layers[layer]
+    factor = torch.tensor(
+        [weights[d.name] for d in statistics.domains], dtype=torch.float64
+    )
+    apart = sums["second_moment"].unflatten(0, (len(factor), FOLDS))
+    folds = torch.einsum("d,dfep->fep", factor, apart)
+    return LayerMoments(
+        unpack(sums["down_gram"]), unpack(folds), sums["down_norm"].shape[1]
+    )
+
+
+def refit(moment: Tensor, keep: Tensor, ridge: float) -> Tensor:
+    """Return T `[n, |S|]`, which refits W to W~ = W T.
+
+    Args:
+        moment: `[n, n]`, float64. C.
+        keep: `[n]`, bool. S.
+        ridge: r as a share of the mean diagonal of C_SS, above 0. Where C_SS = 0, nothing is refitted.
+    """
+    identity = torch.eye(len(keep), dtype=torch.float64)[:, keep]
+    kept = moment[keep][:, keep]
+    scale = kept.diagonal().mean() if keep.any() else torch.tensor(0.0)
+    if not scale > 0:
+        return identity
+    kept = kept.clone()
+    kept.diagonal().add_(ridge * scale)
+    right = moment[:, keep] + ridge * scale * identity
+    factor, info = torch.linalg.cholesky_ex(kept)
+    if info:  # beyond float64: a tiny ridge on a singular matrix
+        return torch.linalg.lstsq(kept, right.mT, driver="gelsd").solution.mT
+    return torch.cholesky_solve(right.mT, factor).mT
+
+
+def residual(gram: Tensor, moment: Tensor, keep: Tensor, transform: Tensor) -> float:
+    """Return sum_t g^2 |W m - W~ m_S|^2 exactly: tr[W D C D^T W^T] with D = I - T E_S^T.
+
+    Args:
+        gram: `[n, n]`, float64. W^T W.
+        moment: `[n, n]`, float64. C of the tokens to predict for, not only of those T was made of.
+        keep: `[n]`, bool. S.
+        transform: `[n, |S|]`. T.
+    """
+    difference = torch.eye(len(keep), dtype=torch.float64)
+    difference[:, keep] -= transform
+    error = (gram * (difference @ moment @ difference.mT)).sum()
+    return max(float(error), 0.0)
+
+
+def masked_residual(gram: Tensor, moment: Tensor, keep: Tensor) -> float:
+    """Return the error without repair, tr[W_P C_PP W_P^T]."""
+    return float((gram[~keep][:, ~keep] * moment[~keep][:, ~keep]).sum())
+
+
+def energy(gram: Tensor, moment: Tensor) -> Tensor:
+    """Return `[E]`: sum_t g^2 |W m|^2, the error of keeping nothing, for `[E, n, n]` matrices."""
+    return (gram * moment).sum(dim=(1, 2))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well one expert can be repaired.
+
+    Attributes:
+        ridge: The one that predicts the other half best.
+        cross: The error under one half of what was fitted on the other, summed over both ways.
+        error: The error on all calibration tokens of what is fitted on all.
+        masked: The same without repair.
+    """
+
+    ridge: float
+    cross: float
+    error: float
+    masked: float
+
+
+def fit(
+    gram: Tensor,
+    folds: Sequence[Tensor],
+    keep: Tensor,
+    ridges: Sequence[float] = RIDGES,
+) -> Fit:
+    """Choose the ridge of one expert by cross-fit: fitted on one half, tested on the other.
+
+    Args:
+        gram: `[n, n]`, float64.
+        folds: The two C `[n, n]`, float64.
+        keep: `[n]`, bool.
+        ridges: To choose from.
+    """
+    moment = folds[0] + folds[1]
+    masked = masked_residual(gram, moment, keep)
+    if not masked > 0:
+        return Fit(ridges[0], 0.0, 0.0, masked)
+    best, cross = ridges[-1], float("inf")
+    for ridge in ridges:
+        error = sum(
+            residual(gram, theirs, keep, refit(ours, keep, ridge))
+            for ours, theirs in ((folds[0], folds[1]), (folds[1], folds[0]))
+        )
+        if error < cross:
+            best, cross = ridge, error
+    return Fit(
+        best, cross, residual(gram, moment, keep, refit(moment, keep, best)), masked
+    )
+
+
+def fit_layer(moments: LayerMoments, keep: Tensor) -> list[Fit]:
+    """Choose the ridges of a layer.
+
+    Args:
+        moments: Of the layer.
+        keep: `[E, I]`, bool.
+    """
+    return [
+        fit(moments.gram[expert], moments.folds[:, expert].unbind(), mask)
+        for expert, mask in enumerate(moments.with_bias(keep))
+    ]
+
+
+def refitted_down(
+    down: Tensor, bias: Tensor | None, moment: Tensor, keep: Tensor, ridge: float
+) -> tuple[Tensor, Tensor | None]:
+    """Return the refitted columns `[H, W]` of one expert and its bias `[H]`, in their dtypes.
+
+    Args:
+        down: `[H, I]`. W_d.
+        bias: `[H]` or None.
+        moment: `[n, n]`, float64.
+        keep: `[n]`, bool; the bias is kept.
+        ridge: As in `refit`.
+    """
+    columns = down.double()
+    if bias is not None:
+        columns = torch.cat([columns, bias.double().unsqueeze(1)], dim=1)
+    columns = columns @ refit(moment, keep, ridge)
+    if bias is None:
+        return columns.to(down.dtype), None
+    return columns[:, :-1].to(down.dtype), columns[:, -1].to(bias.dtype)
