@@ -9,6 +9,7 @@ it, whatever the family, and no weights but those of one layer are needed.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +31,8 @@ from tenp.adapter import Experts, ExpertTensor
 from tenp.errors import CheckpointError, Unsupported
 from tenp.reading import LazyTensor, Reader
 
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+
 
 class _Computed(Exception):
     """Ends a forward when its layer has computed."""
@@ -42,6 +45,8 @@ class LayerwiseModel:
         model: The model; only loaded layers have weights.
         layers: Its decoder layers.
         experts: Decoder layer index to its routed experts, for the layers that have some.
+        dtype: To compute in.
+        device: To compute on.
 
     Args:
         reader: The checkpoint.
@@ -55,7 +60,7 @@ class LayerwiseModel:
     def __init__(
         self, reader: Reader, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        self._reader, self._dtype, self.device = reader, dtype, torch.device(device)
+        self._reader, self.dtype, self.device = reader, dtype, torch.device(device)
         config = adapter.load_config(reader.checkpoint.directory)
         try:
             with init_empty_weights(include_buffers=False):
@@ -79,6 +84,25 @@ class LayerwiseModel:
 
     def __len__(self) -> int:
         return len(self.layers)
+
+    @property
+    def experts_per_token(self) -> int:
+        """How many experts the router chooses."""
+        config = self.model.config.get_text_config()
+        names = (
+            "num_experts_per_tok",
+            "moe_k",
+            "top_k_experts",
+            "moe_top_k",
+            "num_experts_per_token",
+        )
+        return int(next((getattr(config, n) for n in names if getattr(config, n, None)), 8))
+
+    def stored_bytes(self, name: str) -> int:
+        """Return the bytes of a tensor of the checkpoint; of one expert's part if it holds all."""
+        entry = self._reader.checkpoint.tensors[name]
+        part = self._expert_names.get(name)
+        return entry.bytes // (entry.shape[0] if part and part.expert is None else 1)
 
     def names(self, layer: int, experts: bool) -> list[str]:
         """Return the checkpoint's names of a layer's tensors: its routed experts, or all others."""
@@ -125,7 +149,7 @@ class LayerwiseModel:
         for name, parameter in parameters.items():
             if parameter is not None:
                 parameters[name] = nn.Parameter(
-                    torch.empty(parameter.shape, dtype=self._dtype, device=self.device),
+                    torch.empty(parameter.shape, dtype=self.dtype, device=self.device),
                     requires_grad=False,
                 )
         for expert in range(parameters["down_proj"].shape[0]):
@@ -147,7 +171,7 @@ class LayerwiseModel:
             )
         known = torch.unique(ids)
         rows = [self._reader.read(source[0], first=row, count=1) for row in known.tolist()]
-        table = torch.cat(rows).to(self._dtype).to(self.device)
+        table = torch.cat(rows).to(self.dtype).to(self.device)
         embedding.weight = nn.Parameter(table, requires_grad=False)
         embedding.padding_idx = None  # matters to gradients only, and names a row of the full table
         known = known.to(self.device)
@@ -220,7 +244,7 @@ class LayerwiseModel:
 
     def expert_reader(self, layer: int) -> Callable[[int], dict[str, Tensor]]:
         """Return a function that reads the parameters of one expert of a layer; any thread may call it."""
-        return expert_reader(self.experts[layer], self._expert_names, self._reader, self._dtype)
+        return expert_reader(self.experts[layer], self._expert_names, self._reader, self.dtype)
 
     def _note(self, layer: int, output: Any) -> Tensor:
         if isinstance(output, Tensor):
@@ -276,13 +300,21 @@ class LayerwiseModel:
             return
         plan_of: Any = getattr(self.model, "_get_dtype_plan", lambda dtype: {})
         config = LoadStateDictConfig(
-            dtype=self._dtype,
-            dtype_plan=plan_of(self._dtype),
+            dtype=self.dtype,
+            dtype_plan=plan_of(self.dtype),
             device_map={"": self.device},
             # Fresh ones every time, because they remember that they were used.
             weight_mapping=list(get_model_conversion_mapping(self.model)),  # type: ignore[arg-type]
         )
-        report, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
+        # One tensor after another: the loader's own threads would hold several at once.
+        before = os.environ.get(_NO_THREADS)
+        os.environ[_NO_THREADS] = "1"
+        try:
+            report, _ = convert_and_load_state_dict_in_model(self.model, lazy, config)
+        finally:
+            os.environ.pop(_NO_THREADS)
+            if before is not None:
+                os.environ[_NO_THREADS] = before
         if self._reader.error is not None:
             raise self._reader.error
         problems = [
