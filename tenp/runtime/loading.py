@@ -50,11 +50,20 @@ class TenpConfig(QuantizationConfigMixin):
             setattr(self, name, value)
 
     def layer_widths(self) -> dict[int, list[int]]:
-        """Return the widths per decoder layer."""
-        return {
-            int(layer): [int(width) for width in text.split(",")]
-            for layer, text in self.widths.items()
-        }
+        """Return the widths per decoder layer.
+
+        Raises:
+            CheckpointError: The field holds something else.
+        """
+        try:
+            return {
+                int(layer): [int(width) for width in text.split(",")]
+                for layer, text in self.widths.items()
+            }
+        except (AttributeError, ValueError):
+            raise CheckpointError(
+                f"widths of quantization_config must be numbers, got {self.widths}"
+            ) from None
 
 
 @register_quantizer("tenp")

@@ -112,7 +112,7 @@ def make_model(model_type: str = "qwen2_moe", **changes: Any) -> PreTrainedModel
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **fields)).eval()
     for parameter in model.parameters():
         if parameter.ndim >= 2:
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=0.1)
     return model
 
 

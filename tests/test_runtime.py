@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pruned checkpoint behaves like any other model of transformers, after `import tenp` and only then."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.fixtures import Tiny
+from support.tiny_models import token_ids
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from tenp import adapter, planning, pruning
+from tenp.errors import CheckpointError
+from tenp.planning import Budget
+from tenp.runtime import TenpConfig, TenpExperts
+
+
+def _load(directory: Path, **options):
+    return AutoModelForCausalLM.from_pretrained(directory, **options).eval()
+
+
+def _experts(model: nn.Module) -> list[TenpExperts]:
+    return [module for module in model.modules() if isinstance(module, TenpExperts)]
+
+
+@pytest.fixture(scope="module")
+def model(tiny: Tiny):
+    return _load(tiny.pruned)
+
+
+def test_experts_have_the_planned_widths(tiny: Tiny, model) -> None:
+    assert [experts.widths for experts in _experts(model)] == list(tiny.plan.widths().values())
+    assert "widths=0..24" in repr(_experts(model)[0])
+
+
+def test_memory_holds_the_kept_neurons_and_less_than_16_rows_of_padding_an_expert(model) -> None:
+    for experts in _experts(model):
+        padding = experts.down_proj.shape[0] - sum(experts.widths)
+        assert 0 <= padding < 16 * len(experts.widths)
+
+
+def test_it_generates(tiny: Tiny, model) -> None:
+    ids = token_ids(8)[:1]
+    out = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    assert out.shape == (1, 14)
+    assert torch.equal(out[:, :8], ids)
+    # Step by step without a cache gives the same tokens.
+    grown = ids
+    for _ in range(6):
+        with torch.no_grad():
+            grown = torch.cat([grown, model(grown, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(out, grown)
+
+
+def test_a_pipeline_runs(tiny: Tiny) -> None:
+    generate = pipeline("text-generation", model=str(tiny.pruned), device="cpu")
+    [result] = generate("hello", max_new_tokens=3, do_sample=False)
+    assert result["generated_text"].startswith("hello")
+
+
+def test_saving_and_loading_changes_nothing(tiny: Tiny, model, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "a", max_shard_size="150KB")
+    again = _load(tmp_path / "a")
+    with torch.no_grad():
+        assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"][
+        "widths"
+    ] == {str(k): ",".join(map(str, v)) for k, v in tiny.plan.widths().items()}
+
+
+def test_bfloat16_differs_by_its_rounding_only(tiny: Tiny) -> None:
+    ours, masked = _load(tiny.pruned, dtype=torch.bfloat16), _masked(tiny, torch.bfloat16)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        logits = ours(token_ids()).logits
+        same_dtype = masked(token_ids()).logits
+        exact = _masked(tiny, torch.float32)(token_ids()).logits
+    assert logits.dtype == torch.bfloat16
+    # Routers may choose differently in 16 bit, so the mean decides: as good as torch's own bfloat16.
+    assert (logits - exact).abs().mean() <= 2 * (same_dtype - exact).abs().mean()
+
+
+def _masked(tiny: Tiny, dtype: torch.dtype):
+    from tenp import evaluation
+
+    masked = adapter.load_model(tiny.directory, dtype)
+    evaluation.mask_neurons(masked, tiny.plan)
+    return masked
+
+
+def test_device_map_auto(tiny: Tiny, model) -> None:
+    spread = _load(tiny.pruned, device_map="auto")
+    with torch.no_grad():
+        logits = spread(token_ids().to(spread.device)).logits.cpu()
+        torch.testing.assert_close(logits, model(token_ids()).logits, rtol=1e-5, atol=1e-4)
+
+
+def test_layers_on_disk(tiny: Tiny, model, tmp_path: Path) -> None:
+    where = {name: "cpu" for name in ("model.embed_tokens", "model.rotary_emb", "model.norm")}
+    where |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.2": "cpu"}
+    where["model.layers.1"] = "disk"
+    spread = _load(tiny.pruned, device_map=where, offload_folder=tmp_path)
+    with torch.no_grad():
+        assert torch.equal(spread(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_moving_a_model_moves_its_experts(model) -> None:
+    copy = _experts(model)[0].to(torch.float64)
+    assert copy.down_proj.dtype == torch.float64
+    _experts(model)[0].to(torch.float32)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_torch_computes_what_the_kernel_does(model, tokens: int) -> None:
+    experts = _experts(model)[1]
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 32, generator=generator)
+    index = torch.stack([torch.randperm(6, generator=generator)[:2] for _ in range(tokens)])
+    index[0, 0] = 6  # names no expert
+    weights = torch.rand(tokens, 2, generator=generator)
+    with torch.no_grad():
+        kernel = experts(hidden, index, weights)
+    plain = experts._forward_in_torch(hidden, index, weights)
+    torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_flow_to_inputs_and_gates(model) -> None:
+    experts = _experts(model)[0]
+    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    weights = torch.full((5, 2), 0.5, requires_grad=True)
+    out = experts(hidden, torch.tensor([[0, 2]] * 5), weights)
+    out.square().sum().backward()
+    assert hidden.grad.abs().sum() > 0
+    assert weights.grad.abs().sum() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(out, experts(hidden, torch.tensor([[0, 2]] * 5), weights))
+
+
+def test_weights_can_be_trained(tiny: Tiny) -> None:
+    model = _load(tiny.pruned)
+    model.requires_grad_(True)
+    model(token_ids(), labels=token_ids()).loss.backward()
+    for experts in _experts(model):
+        assert experts.down_proj.grad.isfinite().all()
+        assert experts.gate_up_proj.grad.abs().sum() > 0
+
+
+def test_a_token_without_an_expert_gives_zero(model) -> None:
+    experts = _experts(model)[0]
+    with torch.no_grad():
+        out = experts(torch.ones(2, 32), torch.tensor([[6, 6], [1, 6]]), torch.ones(2, 2))
+    assert not out.any()  # expert 1 has width 0
+
+
+# ---- what does not load ----
+
+
+def _python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run code in a process that has not imported tenp."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_without_tenp_a_pruned_checkpoint_fails_and_an_equally_narrow_one_loads(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    plan = planning.plan(tiny.scores, tiny.statistics, Budget(0.5, method="enp", width_multiple=4))
+    pruning.apply(tiny.checkpoint, plan, tmp_path / "enp")
+    with torch.no_grad():
+        torch.save(adapter.load_model(tmp_path / "enp")(token_ids()).logits, tmp_path / "logits")
+        torch.save(token_ids(), tmp_path / "ids")
+    result = _python(
+        """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
+assert not any(report.values()), report
+logits = model(torch.load(sys.argv[3])).logits
+torch.testing.assert_close(logits, torch.load(sys.argv[4]), rtol=1e-4, atol=1e-4)
+assert model.config.moe_intermediate_size == 12
+print("stock loads")
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[2])
+except Exception as error:
+    print("ragged fails", type(error).__name__)
+assert "tenp" not in sys.modules
+""",
+        tmp_path / "enp",
+        tiny.pruned,
+        tmp_path / "ids",
+        tmp_path / "logits",
+    )
+    assert result.returncode == 0, result.stderr
+    assert "stock loads" in result.stdout
+    assert "ragged fails" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 9}, "must have format version 1, got 9"),
+        ({"widths": {"0": "1,2,3,4,5,6"}}, r"widths for the layers \[0, 1, 2\], got \[0\]"),
+        ({"widths": {str(layer): "1,2" for layer in range(3)}}, "6 widths for layer 0, got 2"),
+        ({"widths": {str(layer): "a" for layer in range(3)}}, "widths .* must be numbers, got .*a"),
+        ({"widths": {str(layer): "24,24,24,24,24,24" for layer in range(3)}}, "cannot be loaded"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(
+    tiny: Tiny, tmp_path: Path, change: dict, message: str
+) -> None:
+    copy = Path(shutil.copytree(tiny.pruned, tmp_path / "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"].update(change)
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        adapter.load_model(copy)
+
+
+def test_a_config_for_a_dense_model_is_refused(tiny: Tiny) -> None:
+    with pytest.raises(ValueError, match="tenp"):
+        _load(tiny.directory, quantization_config=TenpConfig(widths={}))
+
+
+def test_a_pruned_tokenizer_loads(tiny: Tiny) -> None:
+    assert len(AutoTokenizer.from_pretrained(tiny.pruned)) == len(
+        AutoTokenizer.from_pretrained(tiny.directory)
+    )
