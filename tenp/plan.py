@@ -26,6 +26,26 @@ FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
+class Repair:
+    """How the down projections of what is kept are refitted (`tenp.repair`).
+
+    A plan holds no weights: with the statistics it was made from, this determines them.
+
+    Attributes:
+        ridges: Decoder layer index to the ridge of every expert, a share of the mean diagonal of C
+            over its kept neurons.
+        weights: What the second moments of each domain are multiplied by, by name.
+        errors: Decoder layer index to the predicted squared output error of its experts, as shares
+            of their squared output: `repaired` on all calibration tokens, `masked` without repair,
+            `crossed` for one half of the samples when fitted on the other.
+    """
+
+    ridges: dict[int, list[float]]
+    weights: dict[str, float]
+    errors: dict[int, dict[str, float]]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which neurons every expert keeps.
 
@@ -36,6 +56,9 @@ class Plan:
         keep: Decoder layer index to `[E, I]`, bool.
         activated_share: Kept share of the routed parameters that the calibration tokens activate
             (A of docs/method.md), 0..1.
+        repair: How what is kept is refitted, or None.
+        experts: Decoder layer index to the experts that stay, ascending, when whole experts leave
+            the model and its routers; None when all stay, if only with width 0.
     """
 
     source: Source
@@ -43,6 +66,8 @@ class Plan:
     settings: dict[str, Any]
     keep: dict[int, Tensor]
     activated_share: float
+    repair: Repair | None = None
+    experts: dict[int, list[int]] | None = None
 
     def widths(self) -> dict[int, list[int]]:
         """Return the kept neurons of every expert, per layer."""
@@ -106,6 +131,11 @@ class Plan:
                 for layer, keep in sorted(self.keep.items())
             ],
         }
+        # Absent rather than null, so that plans without them are the same files as ever.
+        if self.repair is not None:
+            document["repair"] = dataclasses.asdict(self.repair)
+        if self.experts is not None:
+            document["experts"] = self.experts
         return (json.dumps(document, sort_keys=True) + "\n").encode()
 
     def digest(self) -> str:
@@ -126,7 +156,9 @@ class Plan:
         try:
             document = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise PlanError(f"{path} must be a plan, but cannot be read: {error}") from error
+            raise PlanError(
+                f"{path} must be a plan, but cannot be read: {error}"
+            ) from error
         if not isinstance(document, dict) or document.get("format") != "tenp.plan":
             raise PlanError(f"{path} must be a plan written by tenp, got other JSON")
         if document.get("format_version") != FORMAT_VERSION:
@@ -141,9 +173,26 @@ class Plan:
                 document["settings"],
                 keep,
                 document["activated_share"],
+                _read_repair(document.get("repair")),
+                _by_layer(document["experts"]) if "experts" in document else None,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{path} must be a whole plan, got a damaged one: {error}") from error
+            raise PlanError(
+                f"{path} must be a whole plan, got a damaged one: {error}"
+            ) from error
+
+
+def _read_repair(entry: dict[str, Any] | None) -> Repair | None:
+    if entry is None:
+        return None
+    return Repair(
+        _by_layer(entry["ridges"]), entry["weights"], _by_layer(entry["errors"])
+    )
+
+
+def _by_layer(entry: dict[str, Any]) -> dict[int, Any]:
+    """JSON knows no numbers as keys."""
+    return {int(layer): value for layer, value in entry.items()}
 
 
 def _read_layer(entry: dict[str, Any]) -> Tensor:

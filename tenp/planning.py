@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import floor
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from tenp.plan import Plan
 from tenp.scores import Scores
 from tenp.statistics import Statistics
 
-Method = Literal["tenp", "enp"]
+Method = Literal["tenp", "enp", "best", "drop", "dern"]
 UnderCovered = Literal["warn", "keep", "fail"]
 
 #: Below this many calibration tokens the scores of an expert's neurons are mostly noise.
@@ -37,11 +37,16 @@ class Budget:
         keep: Kept share rho of the routed experts' parameters, 0 < keep <= 1. The paper's "40 %
             sparsity" is 0.6.
         method: `tenp` keeps the important experts whole and narrows the others; `enp` narrows all
-            experts to one width, which gives an ordinary smaller checkpoint.
+            experts to one width, which gives an ordinary smaller checkpoint. `drop` removes the experts
+            of the lowest scores from the model and its routers; `dern` hands their neurons on to the
+            others first (`tenp.dern`). `best` removes the neurons whose loss costs least after
+            repair (`tenp.reconstruction`).
         alpha: Share of the experts kept whole; None is keep / 2. `enp` has 0.
         shallow: Weight of the first MoE layer in the trapezoid.
         deep: Weight of the last one. Equal weights give a rectangle.
         width_multiple: Widths are multiples of this; None picks it from the full width.
+        activated: Kept share of the routed parameters that calibration tokens activate, at most;
+            for `best` only.
     """
 
     keep: float
@@ -50,10 +55,14 @@ class Budget:
     shallow: float = 1.0
     deep: float = 2.0
     width_multiple: int | None = None
+    activated: float | None = None
 
 
 def plan(
-    scores: Scores, statistics: Statistics, budget: Budget, under_covered: UnderCovered = "warn"
+    scores: Scores,
+    statistics: Statistics,
+    budget: Budget,
+    under_covered: UnderCovered = "warn",
 ) -> Plan:
     """Decide what every expert keeps.
 
@@ -72,9 +81,16 @@ def plan(
         PlanError: The budget cannot be met; the message says what would fit.
     """
     keep, alpha = check_budget(budget)
-    counts = {layer: tensors["counts"].sum(dim=0) for layer, tensors in statistics.layers.items()}
+    if budget.method in ("drop", "dern"):
+        return _drop_experts(scores.experts, statistics, budget, keep)
+    counts = {
+        layer: tensors["counts"].sum(dim=0)
+        for layer, tensors in statistics.layers.items()
+    }
     whole = _whole_experts(scores.experts, budget, alpha)
-    for layer, expert in under_covered_experts(statistics) if under_covered != "warn" else []:
+    for layer, expert in (
+        under_covered_experts(statistics) if under_covered != "warn" else []
+    ):
         if under_covered == "fail":
             raise PlanError(
                 f"every expert must see {MINIMUM_COVERAGE} calibration tokens, got {int(counts[layer][expert])} "
@@ -87,17 +103,71 @@ def plan(
         for layer, width in full_widths.items()
     }
     widths = allocate_widths(
-        scores.experts, whole, full_widths, multiples, keep, spread=budget.method == "tenp"
+        scores.experts,
+        whole,
+        full_widths,
+        multiples,
+        keep,
+        spread=budget.method == "tenp",
     )
-    masks = {layer: keep_highest(scores.neurons[layer], widths[layer]) for layer in widths}
-    settings = {**asdict(budget), "alpha": float(alpha), "under_covered": under_covered}
+    masks = {
+        layer: keep_highest(scores.neurons[layer], widths[layer]) for layer in widths
+    }
     return Plan(
         source=statistics.source,
         statistics=statistics.digest(),
-        settings=settings,
+        settings={
+            **settings_of(budget),
+            "alpha": float(alpha),
+            "under_covered": under_covered,
+        },
         keep=masks,
-        activated_share=_activated_share(masks, counts),
+        activated_share=activated_share(masks, counts),
     )
+
+
+def _drop_experts(
+    expert_scores: Mapping[int, Tensor],
+    statistics: Statistics,
+    budget: Budget,
+    keep: Fraction,
+) -> Plan:
+    """Keep the floor(keep E) experts of the highest scores of every layer, and nothing of the others."""
+    experts, masks = {}, {}
+    for layer, scores in expert_scores.items():
+        count = floor(keep * len(scores))
+        if count == 0:
+            raise PlanError(
+                f"every layer must keep an expert, got {float(keep):.4g} of {len(scores)} experts"
+            )
+        stays = keep_highest(scores.unsqueeze(0), [count])[0]
+        experts[layer] = torch.nonzero(stays).flatten().tolist()
+        width = statistics.layers[layer]["down_norm"].shape[1]
+        masks[layer] = stays.unsqueeze(1).repeat(1, width)
+    return Plan(
+        source=statistics.source,
+        statistics=statistics.digest(),
+        settings=settings_of(budget),
+        keep=masks,
+        # Routers choose among those that stay, so as many whole experts work for a token as before.
+        activated_share=1.0,
+        experts=experts,
+    )
+
+
+def settings_of(budget: Budget) -> dict[str, Any]:
+    """Return the fields of a budget that its method uses, for the record."""
+    fields = asdict(budget)
+    if budget.method != "tenp":
+        fields = {
+            name: value for name, value in fields.items() if name not in _TRAPEZOID
+        }
+    if budget.activated is None:
+        del fields["activated"]
+    return fields
+
+
+_TRAPEZOID = ("shallow", "deep")
 
 
 def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
@@ -109,18 +179,33 @@ def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
     keep = _fraction("keep", budget.keep)
     if not 0 < keep <= 1:
         raise PlanError(f"keep must be above 0 and at most 1, got {budget.keep}")
-    if budget.method not in ("tenp", "enp"):
-        raise PlanError(f"method must be tenp or enp, got {budget.method}")
+    if budget.method not in get_args(Method):
+        raise PlanError(
+            f"method must be one of {', '.join(get_args(Method))}, got {budget.method}"
+        )
+    if budget.activated is not None:
+        if budget.method != "best":
+            raise PlanError(
+                f"a budget of activated parameters needs method best, got {budget.method}"
+            )
+        if not 0 < budget.activated <= 1:
+            raise PlanError(
+                f"activated must be above 0 and at most 1, got {budget.activated}"
+            )
     if budget.width_multiple is not None and budget.width_multiple < 1:
-        raise PlanError(f"width_multiple must be 1 or more, got {budget.width_multiple}")
+        raise PlanError(
+            f"width_multiple must be 1 or more, got {budget.width_multiple}"
+        )
     shallow, deep = _fraction("shallow", budget.shallow), _fraction("deep", budget.deep)
     if shallow < 0 or deep < 0 or shallow + deep == 0:
         raise PlanError(
             f"shallow and deep must be 0 or more and not both 0, got {budget.shallow} and {budget.deep}"
         )
-    if budget.method == "enp":
+    if budget.method != "tenp":
         if budget.alpha:
-            raise PlanError(f"alpha must be 0 with method enp, got {budget.alpha}; use method tenp")
+            raise PlanError(
+                f"alpha must be 0 with method {budget.method}, got {budget.alpha}; use method tenp"
+            )
         return keep, Fraction(0)
     alpha = keep / 2 if budget.alpha is None else _fraction("alpha", budget.alpha)
     if not 0 <= alpha <= 1:
@@ -154,21 +239,27 @@ def trapezoid(
     last = max(len(experts) - 1, 1)
     low, high = Fraction(str(shallow)), Fraction(str(deep))
     weights = [
-        count * (low + (high - low) * Fraction(index, last)) for index, count in enumerate(experts)
+        count * (low + (high - low) * Fraction(index, last))
+        for index, count in enumerate(experts)
     ]
     shares = [0] * len(experts)
     remaining = floor(alpha * sum(experts) + Fraction(1, 2))
     # Each round either shares out everything or fills at least one layer, so it ends.
     while remaining:
-        open_layers = [index for index in range(len(experts)) if shares[index] < experts[index]]
+        open_layers = [
+            index for index in range(len(experts)) if shares[index] < experts[index]
+        ]
         total = sum(weights[index] for index in open_layers)
         # Layers of weight 0 get something only when the others are full.
         quota = {
-            index: remaining * (weights[index] / total if total else Fraction(1, len(open_layers)))
+            index: remaining
+            * (weights[index] / total if total else Fraction(1, len(open_layers)))
             for index in open_layers
         }
         given = {index: floor(quota[index]) for index in open_layers}
-        by_remainder = sorted(open_layers, key=lambda index: (given[index] - quota[index], index))
+        by_remainder = sorted(
+            open_layers, key=lambda index: (given[index] - quota[index], index)
+        )
         for index in by_remainder[: remaining - sum(given.values())]:
             given[index] += 1
         for index, count in given.items():
@@ -212,7 +303,9 @@ def allocate_widths(
         PlanError: The whole experts alone exceed the budget.
     """
     total = sum(full_widths[layer] * len(flags) for layer, flags in whole.items())
-    in_whole = sum(full_widths[layer] * int(flags.sum()) for layer, flags in whole.items())
+    in_whole = sum(
+        full_widths[layer] * int(flags.sum()) for layer, flags in whole.items()
+    )
     budget = floor(keep * total)
     if in_whole > budget:
         experts = sum(len(flags) for flags in whole.values())
@@ -292,9 +385,11 @@ def _whole_experts(
     }
 
 
-def _activated_share(keep: Mapping[int, Tensor], counts: Mapping[int, Tensor]) -> float:
-    """A = sum over tokens and their experts of the kept neurons, over the same sum of all neurons."""
-    kept = sum(int((mask.sum(dim=1) * counts[layer]).sum()) for layer, mask in keep.items())
+def activated_share(keep: Mapping[int, Tensor], counts: Mapping[int, Tensor]) -> float:
+    """Return A: the kept neurons summed over tokens and their experts, over the same sum of all neurons."""
+    kept = sum(
+        int((mask.sum(dim=1) * counts[layer]).sum()) for layer, mask in keep.items()
+    )
     full = sum(int(mask.shape[1] * counts[layer].sum()) for layer, mask in keep.items())
     return kept / full if full else 1.0
 

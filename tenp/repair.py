@@ -25,19 +25,6 @@ RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e12)
 
 
 @dataclass(frozen=True)
-class Repair:
-    """How a plan's down projections are refitted; with the statistics it determines every weight.
-
-    Attributes:
-        ridges: Decoder layer index to r of every expert, a share of the mean diagonal of C_SS.
-        weights: What each domain's C is multiplied by, by name; `moment_weights` gives the default.
-    """
-
-    ridges: dict[int, list[float]]
-    weights: dict[str, float]
-
-
-@dataclass(frozen=True)
 class LayerMoments:
     """What repair, selection and allocation know of a layer.
 

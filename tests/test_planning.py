@@ -356,7 +356,7 @@ def test_under_covered_experts_can_be_an_error() -> None:
         (Budget(0.5, alpha=1.1), "alpha must be between 0 and 1, got 1.1"),
         (Budget(0.5, alpha=0.6), "alpha must be at most keep, .*; 0.5 or less would fit"),
         (Budget(0.5, method="enp", alpha=0.1), "alpha must be 0 with method enp, got 0.1"),
-        (Budget(0.5, method="easy"), "method must be tenp or enp, got easy"),
+        (Budget(0.5, method="easy"), "method must be one of tenp, enp, best, drop, dern, got easy"),
         (Budget(0.5, shallow=-1.0), "shallow and deep must be 0 or more and not both 0, got -1.0"),
         (Budget(0.5, shallow=0.0, deep=0.0), "not both 0, got 0.0 and 0.0"),
         (Budget(0.5, shallow=float("nan")), "shallow must be a number, got nan"),
