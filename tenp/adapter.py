@@ -284,6 +284,12 @@ def load_config(directory: Path) -> PreTrainedConfig:
         raise CheckpointError(f"{directory}: {_first_line(error)}") from error
 
 
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype that a checkpoint's config names; float32 if it names none."""
+    dtype = getattr(config.get_text_config(), "dtype", None) or config.dtype
+    return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype or "float32"))
+
+
 def load_model(
     directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
 ) -> PreTrainedModel:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -226,9 +228,16 @@ class ShardWriter:
         self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the file: it is on the disk when this returns."""
         assert next(self._expected, None) is None
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
+
+    def abandon(self) -> None:
+        """Let go of the file, finished or not."""
+        with suppress(OSError):  # what is buffered may not fit on the disk
+            self._file.close()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

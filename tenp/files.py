@@ -91,3 +91,48 @@ def new_directory(directory: Path, required_bytes: int) -> Iterator[Path]:
         with suppress(OSError):  # the first that is not empty
             for path in made:
                 path.rmdir()
+
+
+@contextmanager
+def resumable_directory(directory: Path, key: str, required_bytes: int) -> Iterator[Path]:
+    """Yield a temporary sibling like `new_directory`, which stays when the block fails, for the next try.
+
+    Args:
+        directory: Must not exist.
+        key: Says what is being written; another key is another temporary sibling.
+        required_bytes: What will be written in all.
+
+    Raises:
+        CheckpointError: As in `new_directory`.
+    """
+    require_absent(directory)
+    partial = partial_of(directory, key)
+    there = sum(path.stat().st_size for path in partial.glob("*")) if partial.exists() else 0
+    require_space(directory, required_bytes - there)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        yield partial
+        _sync(partial)
+        partial.rename(directory)
+        _sync(directory.parent)
+    except OSError as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{directory} cannot be written: {error.strerror or error}; what is finished is kept: "
+            "run the same command again"
+        ) from error
+
+
+def partial_of(directory: Path, key: str) -> Path:
+    """Return the temporary sibling of `resumable_directory`."""
+    return directory.with_name(f".{directory.name}.{key[:16]}.partial")
+
+
+def _sync(path: Path) -> None:
+    """Make what a directory lists last through a power cut."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,20 +22,26 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tenp import adapter, calibration, evaluation, planning, pruning, scoring
+from tenp import adapter, calibration, evaluation, execution, planning, pruning, scoring
 from tenp.checkpoint import Checkpoint
-from tenp.errors import CheckpointError, InvalidArgument
+from tenp.distributed import Group
+from tenp.errors import CheckpointError, InvalidArgument, Unsupported
 from tenp.evaluation import DomainEvaluation
+from tenp.execution import Execution
 from tenp.files import require_absent, require_space
 from tenp.plan import Plan
 from tenp.planning import Budget, UnderCovered
+from tenp.reading import Reader
 from tenp.samples import Samples, generate_answers, tokenize
 from tenp.source import Source
 from tenp.statistics import Statistics
+from tenp.streaming import Progress
 from tenp.text import TextDomain, read_domains
+from tenp.workdir import WorkDirectory
 
-#: Called with (stage, total tokens) when a stage starts and returns what to call per batch.
-Reporter = Callable[[str, int], Callable[[str, int], None]]
+#: Called with (stage, total amount, its unit) when a stage starts; returns what to call with what
+#: is being done and how much of the amount was done since the last call.
+Reporter = Callable[[str, int, str], Callable[[str, int], None]]
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class Run:
             float32 on a CPU, where most machines have no fast 16-bit arithmetic.
         device: A torch device, or `auto` to spread the model over what there is.
         self_generate: Tokens that the model answers to every prompt first; 0 takes text as it is.
+        execution: In memory or streamed, and what can be resumed.
     """
 
     samples: int | None = 128
@@ -59,6 +67,7 @@ class Run:
     dtype: str = "auto"
     device: str = "cpu"
     self_generate: int = 0
+    execution: Execution = field(default_factory=Execution)
 
     def torch_dtype(self) -> torch.dtype | str:
         """Return the dtype to load a model in."""
@@ -75,7 +84,23 @@ def calibrate(
     checkpoint: Checkpoint, sources: Sequence[str | Path], run: Run, report: Reporter | None = None
 ) -> Statistics:
     """Run the dense model over calibration text and return its statistics."""
-    return _calibrate(checkpoint, pruning.source_of(checkpoint), read_domains(sources), run, report)
+    group = Group.from_environment()
+    with run.execution.work(group) as work:
+        source = pruning.source_of(checkpoint)
+        return _calibrate(checkpoint, source, read_domains(sources), run, report, group, work)
+
+
+def save_statistics(statistics: Statistics, out: str | Path) -> None:
+    """Save statistics, or find that an interrupted run of the same command had just done so.
+
+    Raises:
+        CheckpointError: There is another file at `out`.
+    """
+    path = Path(out)
+    if not path.exists():
+        statistics.save(path)
+    elif path.is_dir() or Statistics.load(path).digest() != statistics.digest():
+        require_absent(path)
 
 
 def _calibrate(
@@ -84,21 +109,82 @@ def _calibrate(
     domains: Sequence[TextDomain],
     run: Run,
     report: Reporter | None,
+    group: Group,
+    work: WorkDirectory | None,
 ) -> Statistics:
-    samples = None if run.self_generate else _samples(checkpoint, domains, run)
-    model = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
-    if samples is None:
-        samples = _answers(checkpoint, model, domains, run)
+    config = adapter.load_config(checkpoint.directory)
     settings = {
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "max_length": _max_length(model.config, run),
+        "dtype": "",
+        "max_length": _max_length(config, run),
         "batch_tokens": run.batch_tokens,
         "samples": run.samples,
         "seed": run.seed,
         "self_generate": run.self_generate,
     }
-    progress = report("calibrate", sum(domain.tokens() for domain in samples)) if report else None
-    return calibration.collect(model, samples, source, settings, run.batch_tokens, progress)
+    if run.execution.is_streamed(group):
+        if run.self_generate:
+            raise Unsupported(
+                "self_generate needs the whole model in memory; use --stream none, or calibrate on answers in a file"
+            )
+        samples = _samples(checkpoint, domains, run)
+        dtype = run.torch_dtype()
+        if not isinstance(dtype, torch.dtype):
+            dtype = adapter.stored_dtype(config)
+        settings["dtype"] = str(dtype).removeprefix("torch.")
+        device = (
+            f"cuda:{group.local_rank}" if run.device == "cuda" and group.size > 1 else run.device
+        )
+        return execution.calibrate_streamed(
+            checkpoint,
+            source,
+            samples,
+            settings,
+            run.execution,
+            dtype,
+            "cpu" if device == "auto" and not torch.cuda.is_available() else device,
+            group,
+            work,
+            functools.partial(_streaming_progress, report, checkpoint, samples),
+            functools.partial(_announce, report),
+        )
+    answered = None if run.self_generate else _samples(checkpoint, domains, run)
+    if work is not None and answered is not None:
+        settings["dtype"] = run.dtype
+        work.require(execution.identity(source, answered, settings, group))
+        if (finished := execution.finished_statistics(work)) is not None:
+            return finished
+    model = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
+    settings["dtype"] = str(model.dtype).removeprefix("torch.")
+    samples = _answers(checkpoint, model, domains, run) if answered is None else answered
+    total = sum(domain.tokens() for domain in samples)
+    progress = report("calibrate", total, "tokens") if report else None
+    statistics = calibration.collect(model, samples, source, settings, run.batch_tokens, progress)
+    execution.keep_statistics(work, statistics)
+    return statistics
+
+
+def _announce(report: Reporter | None, text: str) -> None:
+    if report is not None:
+        report(text, 0, "")
+
+
+def _streaming_progress(
+    report: Reporter | None, checkpoint: Checkpoint, samples: Sequence[Samples], reader: Reader
+) -> Progress | None:
+    """Show layer, expert, bytes and their rate; the amount is tokens times layers."""
+    if report is None:
+        return None
+    layers = adapter.empty_model(adapter.load_config(checkpoint.directory))
+    count = max(experts.layer for experts in adapter.find_experts(layers)) + 1
+    total = count * sum(domain.tokens() for domain in samples)
+    advance = report("calibrate", total, "token-layers")
+    begin = time.monotonic()
+
+    def progress(label: str, tokens: int) -> None:
+        rate = reader.bytes / max(time.monotonic() - begin, 1e-9)
+        advance(f"{label}, {reader.bytes / 1e9:.2f} GB read at {rate / 1e9:.2f} GB/s", tokens)
+
+    return progress
 
 
 def plan(
@@ -115,10 +201,31 @@ def plan(
     return planning.plan(scores, statistics, budget, under_covered)
 
 
-def apply(checkpoint: Checkpoint, decided: Plan, out: str | Path, verify: bool = True) -> None:
-    """Write the pruned checkpoint; with `verify`, reload it and compare it with the masked dense model."""
+def apply(
+    checkpoint: Checkpoint,
+    decided: Plan,
+    out: str | Path,
+    verify: bool = True,
+    resume: bool = False,
+    run: Run | None = None,
+    report: Reporter | None = None,
+) -> None:
+    """Write the pruned checkpoint; with `verify`, reload it and compare it with the masked dense model.
+
+    Args:
+        checkpoint: The dense model.
+        decided: What is kept.
+        out: The new directory.
+        verify: Whether to check what was written before it appears.
+        resume: Keep finished shards when the run is stopped, and go on from those that are there.
+        run: Its memory budget, if any, is kept.
+        report: Told of progress.
+    """
+    run = run or Run()
+    progress = report("write", checkpoint.bytes, "bytes") if report else None
     check = functools.partial(_check_equivalence, checkpoint, decided) if verify else None
-    pruning.apply(checkpoint, decided, Path(out), check)
+    memory = run.execution.memory
+    pruning.apply(checkpoint, decided, Path(out), check, resume, memory, progress)
 
 
 def evaluate(
@@ -155,7 +262,9 @@ def _evaluate(
                 f"evaluate: the reference must have the vocabulary of the model, {adapter.vocabulary(measured)}, "
                 f"got {adapter.vocabulary(other)}"
             )
-    progress = report("evaluate", sum(domain.tokens() for domain in samples)) if report else None
+    progress = (
+        report("evaluate", sum(domain.tokens() for domain in samples), "tokens") if report else None
+    )
     return evaluation.evaluate(measured, samples, other, run.batch_tokens, progress)
 
 
@@ -207,25 +316,59 @@ def prune(
     # Everything that can be known to be wrong is found before the model is read.
     kept, _ = planning.check_budget(budget)
     run.torch_dtype()
-    if out is not None:
-        require_absent(Path(out))
-    domains = read_domains(sources)
-    scoring.weights_of([d.name for d in domains], plan_options.get("domain_weights") or {})
-    measured_on = read_domains(evaluate_on) if evaluate_on else []
-    checkpoint = Checkpoint.resolve(model)
-    source = pruning.source_of(checkpoint)
-    if out is not None:
-        require_space(Path(out), int(kept * source.bytes))  # at least: only routed experts shrink
-    statistics = _calibrate(checkpoint, source, domains, run, report)
-    decided = plan(statistics, budget, **plan_options)
-    if out is None:
-        return Pruned(decided, statistics)
-    apply(checkpoint, decided, out, verify)
-    if not measured_on:
-        return Pruned(decided, statistics)
-    before = _evaluate(checkpoint, measured_on, run, report=report)
-    after = _evaluate(Checkpoint(out), measured_on, run, checkpoint, report)
-    return Pruned(decided, statistics, before, after)
+    group = Group.from_environment()
+    with run.execution.work(group) as work:
+        if out is not None and not _was_begun(work, Path(out)):
+            require_absent(Path(out))
+        domains = read_domains(sources)
+        scoring.weights_of([d.name for d in domains], plan_options.get("domain_weights") or {})
+        measured_on = read_domains(evaluate_on) if evaluate_on else []
+        checkpoint = Checkpoint.resolve(model)
+        source = pruning.source_of(checkpoint)
+        if out is not None and not Path(out).exists():
+            require_space(Path(out), int(kept * source.bytes))  # at least: only experts shrink
+        statistics = _calibrate(checkpoint, source, domains, run, report, group, work)
+        decided = plan(statistics, budget, **plan_options)
+        if out is None or group.rank > 0:
+            return Pruned(decided, statistics)
+        if not _is_finished(work, Path(out), decided):
+            _note_output(work, Path(out), decided)
+            apply(checkpoint, decided, out, verify, work is not None, run, report)
+        if not measured_on:
+            return Pruned(decided, statistics)
+        before = _evaluate(checkpoint, measured_on, run, report=report)
+        after = _evaluate(Checkpoint(out), measured_on, run, checkpoint, report)
+        return Pruned(decided, statistics, before, after)
+
+
+def _was_begun(work: WorkDirectory | None, out: Path) -> bool:
+    """Whether an earlier run with this work directory was going to write `out`."""
+    note = work.read_note("output") if work is not None else None
+    return note is not None and note["path"] == str(out.resolve())
+
+
+def _is_finished(work: WorkDirectory | None, out: Path, decided: Plan) -> bool:
+    """Whether an earlier run had written all of `out` and was stopped after that.
+
+    Raises:
+        CheckpointError: `out` is there, but is of another plan.
+    """
+    if not out.exists():
+        return False
+    note = work.read_note("output") if work is not None else None
+    if note is None or note["plan"] != decided.digest():
+        require_absent(out)
+    return True
+
+
+def _note_output(work: WorkDirectory | None, out: Path, decided: Plan) -> None:
+    """Remember what is going to be written where: an output appears whole, so it then is this."""
+    if work is None:
+        return
+    before = work.read_note("output")
+    if before is not None and before["plan"] != decided.digest():
+        pruning.drop_partial(Path(before["path"]), before["plan"])
+    work.write_note("output", {"path": str(out.resolve()), "plan": decided.digest()})
 
 
 #: float32 sums in another order differ by about 1e-6 of the largest logit in models of some layers.

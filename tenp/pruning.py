@@ -19,12 +19,14 @@ from torch import Tensor
 
 from tenp import adapter
 from tenp.adapter import Experts, ExpertTensor
-from tenp.checkpoint import INDEX_FILE, Checkpoint, ShardWriter, TensorEntry
+from tenp.checkpoint import INDEX_FILE, Checkpoint, TensorEntry
 from tenp.errors import CheckpointError, InvalidArgument, PlanError, Unsupported
-from tenp.files import new_directory
+from tenp.files import new_directory, partial_of, resumable_directory
 from tenp.model_card import model_card
 from tenp.plan import Plan
+from tenp.reading import Reader
 from tenp.source import Source
+from tenp.writing import write_shards
 
 PLAN_FILE = "tenp_plan.json"
 
@@ -65,7 +67,13 @@ def source_of(checkpoint: Checkpoint) -> Source:
 
 
 def apply(
-    checkpoint: Checkpoint, plan: Plan, out: Path, verify: Callable[[Path], None] | None = None
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    verify: Callable[[Path], None] | None = None,
+    resume: bool = False,
+    memory: int | None = None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> None:
     """Write the pruned checkpoint.
 
@@ -74,6 +82,9 @@ def apply(
         plan: What is kept; must be for this checkpoint.
         out: The new directory. It appears when everything is written and never before.
         verify: Called with the finished directory before it appears; what it raises stops that.
+        resume: Keep finished shards when stopped, and go on from those that are there already.
+        memory: Bytes that tensors in flight may take.
+        progress: Called with (shard, source bytes) after every tensor.
 
     Raises:
         PlanError: The plan is for another checkpoint or does not fit it.
@@ -122,7 +133,20 @@ def apply(
             "README.md": model_card(checkpoint, plan, needs_tenp=fields is None).encode(),
         },
         verify=verify,
+        resume=plan.digest() if resume else None,
+        memory=memory,
+        progress=progress,
     )
+
+
+def drop_partial(out: Path, plan: str) -> None:
+    """Remove what a stopped `apply` with `resume` left.
+
+    Args:
+        out: Its output.
+        plan: The digest of its plan.
+    """
+    shutil.rmtree(partial_of(out, plan), ignore_errors=True)
 
 
 def rewrite(
@@ -132,6 +156,9 @@ def rewrite(
     pieces: Any,
     extra_files: Mapping[str, bytes],
     verify: Callable[[Path], None] | None = None,
+    resume: str | None = None,
+    memory: int | None = None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> None:
     """Write a checkpoint whose tensors are functions of another's, shard by shard.
 
@@ -143,6 +170,9 @@ def rewrite(
             It is called twice: with empty tensors on the meta device for the layout, then with data.
         extra_files: More files by name. All other files of the source that are no weights are copied.
         verify: As in `apply`.
+        resume: What names the rewriting, if it is to be resumed when stopped.
+        memory: As in `apply`.
+        progress: As in `apply`.
     """
     layouts: dict[str, Layout] = {shard: {} for shard in checkpoint.shards()}
     for name, entry in checkpoint.tensors.items():
@@ -156,14 +186,12 @@ def rewrite(
         for name, what in layout.items()
     }
     total = sum(entry.bytes for entry in entries.values())
-    with new_directory(out, required_bytes=total + (1 << 20)) as partial:
-        for shard, layout in layouts.items():
-            writer = ShardWriter(partial / shard, layout)
-            names = [name for name, entry in checkpoint.tensors.items() if entry.shard == shard]
-            for name, tensor in checkpoint.read(names):
-                for new_name, piece in pieces(name, tensor):
-                    writer.write(new_name, piece)
-            writer.close()
+    room = total + (1 << 20)
+    directory = resumable_directory(out, resume, room) if resume else new_directory(out, room)
+    with directory as partial:
+        reader = Reader(checkpoint)
+        write_shards(reader, layouts, pieces, partial, memory, progress)
+        reader.close()
         if len(layouts) > 1:
             metadata = {
                 "total_parameters": sum(entry.elements for entry in entries.values()),
@@ -180,7 +208,11 @@ def rewrite(
         for file_name, content in extra_files.items():
             (partial / file_name).write_bytes(content)
         if verify is not None:
-            verify(partial)
+            try:
+                verify(partial)
+            except CheckpointError:
+                shutil.rmtree(partial)  # not to be resumed
+                raise
 
 
 def export_padded(checkpoint: Checkpoint, out: Path) -> None:

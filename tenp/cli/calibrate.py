@@ -6,6 +6,7 @@ from __future__ import annotations
 from tenp import pipeline
 from tenp.checkpoint import Checkpoint
 from tenp.cli import display, options
+from tenp.distributed import Group
 from tenp.files import require_absent
 
 
@@ -20,16 +21,25 @@ def command(
     dtype: options.DType = "auto",
     device: options.Device = "cpu",
     self_generate: options.SelfGenerate = 0,
+    stream: options.Stream = None,
+    memory: options.Memory = None,
+    offload: options.Offload = None,
+    work_dir: options.WorkDir = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Run the dense model over text once and keep the sums that every plan is made from."""
-    require_absent(out)
+    execution = options.execution(stream, memory, offload, work_dir)
+    if work_dir is None:
+        require_absent(out)
     run = pipeline.Run(
-        samples or None, max_length, batch_tokens, seed, dtype, device, self_generate
+        samples or None, max_length, batch_tokens, seed, dtype, device, self_generate, execution
     )
-    with display.progress(quiet) as report:
+    is_first = Group.from_environment().rank == 0
+    with display.progress(quiet or not is_first, json) as report:
         statistics = pipeline.calibrate(Checkpoint.resolve(model), calibration, run, report)
-    statistics.save(out)
+    if not is_first:
+        return
+    pipeline.save_statistics(statistics, out)
     display.warn_of_coverage(statistics)
     display.show_statistics(statistics, json)

@@ -7,12 +7,21 @@ import dataclasses
 import json
 import math
 import statistics
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from tenp.evaluation import DomainEvaluation
@@ -25,28 +34,86 @@ _BAR = 32
 
 
 @contextmanager
-def progress(quiet: bool) -> Iterator[Reporter | None]:
-    """Yield a reporter that draws one progress bar per stage on stderr."""
+def progress(quiet: bool, as_json: bool = False) -> Iterator[Reporter | None]:
+    """Yield a reporter that shows how far every stage is, on stderr.
+
+    Args:
+        quiet: Yield None.
+        as_json: A line of JSON per event instead of a bar per stage.
+    """
     if quiet:
         yield None
         return
+    if as_json:
+        yield _report_events
+        return
     columns = (
         TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("tokens"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(show_speed=True),
+        TextColumn("{task.fields[amount]}"),
+        TimeRemainingColumn(),
     )
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as bars:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
 
-        def report(stage: str, total: int) -> Callable[[str, int], None]:
-            task = bars.add_task(stage, total=total)
-            return lambda domain, tokens: bars.update(
-                task, advance=tokens, description=f"{stage} {domain}"
-            )
+        def report(stage: str, total: int, unit: str) -> Callable[[str, int], None]:
+            if not total:
+                bars.console.print(stage, highlight=False, style="dim")
+                return lambda what, amount: None
+            task = bars.add_task(stage, total=total, amount="")
+            done = 0
+
+            def advance(what: str, amount: int) -> None:
+                nonlocal done
+                done += amount
+                bars.update(
+                    task,
+                    advance=amount,
+                    description=f"{stage} {what}",
+                    amount=_amount(done, total, unit),
+                )
+
+            return advance
 
         yield report
+
+
+def _amount(done: int, total: int, unit: str) -> str:
+    if unit == "bytes":
+        return f"{done / 1e9:,.2f}/{total / 1e9:,.2f} GB"
+    return f"{done:,}/{total:,} {unit}"
+
+
+def _report_events(stage: str, total: int, unit: str) -> Callable[[str, int], None]:
+    """One JSON object a line: a program that starts tenp can show the progress in its own way."""
+    begin, done = time.monotonic(), 0
+    lock = threading.Lock()
+
+    def say(**event: Any) -> None:
+        with lock:
+            print(json.dumps(event), file=sys.stderr, flush=True)
+
+    if not total:
+        say(event="note", text=stage)
+        return lambda what, amount: None
+    say(event="begin", stage=stage, total=total, unit=unit)
+
+    def advance(what: str, amount: int) -> None:
+        nonlocal done
+        done += amount
+        seconds = time.monotonic() - begin
+        say(
+            event="progress",
+            stage=stage,
+            what=what,
+            done=done,
+            total=total,
+            unit=unit,
+            seconds=round(seconds, 3),
+            seconds_left=round(seconds * (total - done) / done, 1) if done else None,
+        )
+
+    return advance
 
 
 def print_json(content: Any) -> None:

@@ -11,6 +11,8 @@ import typer
 from typer.core import TyperCommand
 
 from tenp.errors import InvalidArgument
+from tenp.execution import Execution
+from tenp.memory import parse_bytes
 
 
 class ManyValues(TyperCommand):
@@ -58,6 +60,37 @@ class NeuronCriterionName(str, Enum):
 
     projection = "projection"
     l2 = "l2"
+
+
+class StreamName(str, Enum):
+    """The values of --stream."""
+
+    none = "none"
+    layers = "layers"
+    experts = "experts"
+
+
+class OffloadName(str, Enum):
+    """The values of --offload."""
+
+    device = "device"
+    ram = "ram"
+    disk = "disk"
+
+
+def execution(
+    stream: StreamName | None,
+    memory: str | None,
+    offload: OffloadName | None,
+    work_dir: Path | None,
+) -> Execution:
+    """Return the options that say how a calibration is carried out."""
+    return Execution(
+        stream.value if stream else None,
+        parse_bytes(memory) if memory else None,
+        offload.value if offload else None,
+        work_dir,
+    )
 
 
 def parse_weights(pairs: list[str]) -> dict[str, float]:
@@ -132,6 +165,34 @@ SelfGenerate = Annotated[
     int,
     typer.Option(
         help="Let the model answer every prompt with so many tokens first.", min=0, metavar="N"
+    ),
+]
+Stream = Annotated[
+    StreamName | None,
+    typer.Option(
+        help="What is in memory at a time: none holds the whole model, layers one decoder layer, experts one "
+        "layer without its routed experts. The result is the same.",
+        show_default="what fits --memory, else none",
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="AMOUNT",
+        help="Memory that may be held, like 4GiB; picks --stream, --offload and smaller batches.",
+    ),
+]
+Offload = Annotated[
+    OffloadName | None,
+    typer.Option(
+        help="Where hidden states stay between layers when streaming: device, ram, or a file on disk.",
+        show_default="ram, or disk if --memory needs it",
+    ),
+]
+WorkDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep what is finished here, so that the same command goes on after it was stopped."
     ),
 ]
 Verify = Annotated[

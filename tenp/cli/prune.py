@@ -9,6 +9,7 @@ import typer
 
 from tenp import pipeline
 from tenp.cli import display, options
+from tenp.distributed import Group
 from tenp.planning import Budget
 
 
@@ -38,6 +39,10 @@ def command(
     dtype: options.DType = "auto",
     device: options.Device = "cpu",
     self_generate: options.SelfGenerate = 0,
+    stream: options.Stream = None,
+    memory: options.Memory = None,
+    offload: options.Offload = None,
+    work_dir: options.WorkDir = None,
     verify: options.Verify = True,
     dry_run: options.DryRun = False,
     json: options.Json = False,
@@ -46,11 +51,19 @@ def command(
     """Prune a checkpoint: calibrate, plan, write, verify, measure."""
     budget = Budget(keep, method.value, alpha, shallow, deep, width_multiple)
     run = pipeline.Run(
-        samples or None, max_length, batch_tokens, seed, dtype, device, self_generate
+        samples or None,
+        max_length,
+        batch_tokens,
+        seed,
+        dtype,
+        device,
+        self_generate,
+        options.execution(stream, memory, offload, work_dir),
     )
+    is_first = Group.from_environment().rank == 0
     if out is None and not dry_run:
         raise typer.BadParameter("--out is needed unless --dry-run is given")
-    with display.progress(quiet) as report:
+    with display.progress(quiet or not is_first, json) as report:
         pruned = pipeline.prune(
             model,
             calibration,
@@ -64,6 +77,8 @@ def command(
             domain_weights=options.parse_weights(domain_weight),
             under_covered=under_covered.value,
         )
+    if not is_first:
+        return
     display.warn_of_coverage(pruned.statistics)
     if json:
         display.print_json(

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a calibration is carried out: in memory or streamed, within a stated memory, by one process
+or several, with or without a work directory to go on from.
+
+None of this changes the statistics, apart from the batch size when a memory budget forces smaller
+batches, which changes rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import tenp
+from tenp import memory
+from tenp.checkpoint import Checkpoint
+from tenp.distributed import Group
+from tenp.errors import InvalidArgument
+from tenp.layerwise import LayerwiseModel
+from tenp.memory import Setup
+from tenp.reading import Reader
+from tenp.samples import Samples
+from tenp.source import Source
+from tenp.statistics import Statistics
+from tenp.storage import Offload, Storage
+from tenp.streaming import Progress, Stream, collect
+from tenp.workdir import WorkDirectory
+
+_STATISTICS_FILE = "statistics.safetensors"
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a calibration is carried out.
+
+    Attributes:
+        stream: `none` holds the whole model, `layers` one layer, `experts` one layer without its
+            routed experts. None is `layers` in several processes, else what fits `memory`, else `none`.
+        memory: Bytes that each process may hold, or None.
+        offload: Where hidden states stay between layers; None is a file if `memory` asks for it,
+            else memory.
+        work_dir: Where finished layers are kept, so that the same run can go on after it was stopped.
+    """
+
+    stream: Stream | None = None
+    memory: int | None = None
+    offload: Offload | None = None
+    work_dir: Path | None = None
+
+    def is_streamed(self, group: Group) -> bool:
+        """Whether weights are read layer by layer.
+
+        Raises:
+            InvalidArgument: The options contradict each other.
+        """
+        if self.stream == "none" and (self.memory is not None or group.size > 1):
+            why = "--memory" if self.memory is not None else f"{group.size} processes"
+            raise InvalidArgument(f"--stream must be layers or experts with {why}, got none")
+        return (
+            self.stream in ("layers", "experts")
+            or self.stream is None
+            and (self.memory is not None or group.size > 1)
+        )
+
+    @contextmanager
+    def work(self, group: Group) -> Iterator[WorkDirectory | None]:
+        """Yield the work directory, locked, or None if there is none.
+
+        Raises:
+            CheckpointError: Another run uses it.
+        """
+        if self.work_dir is None:
+            yield None
+            return
+        if group.rank > 0:
+            group.wait()  # until rank 0 has it
+        with WorkDirectory(self.work_dir, group.rank) as work:
+            if group.rank == 0:
+                group.wait()
+            yield work
+
+
+def identity(
+    source: Source, samples: Sequence[Samples], settings: Mapping[str, Any], group: Group
+) -> dict[str, Any]:
+    """Return what makes two runs the same: what their statistics depend on, bit for bit."""
+    return {
+        "tenp": tenp.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "model": source.fingerprint,
+        "data": [[domain.domain, domain.digest()] for domain in samples],
+        "settings": dict(settings),
+        "processes": group.size,
+    }
+
+
+def finished_statistics(work: WorkDirectory | None) -> Statistics | None:
+    """Return the statistics that a work directory holds already, or None."""
+    path = work.path / _STATISTICS_FILE if work is not None else None
+    return Statistics.load(path) if path is not None and path.exists() else None
+
+
+def keep_statistics(work: WorkDirectory | None, statistics: Statistics) -> None:
+    """Keep finished statistics in the work directory."""
+    if work is not None and work.rank == 0:
+        statistics.save(work.path / _STATISTICS_FILE)
+
+
+def calibrate_streamed(
+    checkpoint: Checkpoint,
+    source: Source,
+    samples: Sequence[Samples],
+    settings: dict[str, Any],
+    execution: Execution,
+    dtype: torch.dtype,
+    device: str,
+    group: Group,
+    work: WorkDirectory | None,
+    progress: Callable[[Reader], Progress | None],
+    announce: Callable[[str], None],
+    second_moments: bool = False,
+) -> Statistics:
+    """Calibrate layer by layer.
+
+    Args:
+        checkpoint: The dense model.
+        source: The checkpoint as statistics refer to it.
+        samples: One entry per domain.
+        settings: Recorded; `batch_tokens` is the most that a batch may have, and is lowered if the
+            memory budget needs it.
+        execution: How.
+        dtype: To compute in.
+        device: To compute on.
+        group: The processes that share the work.
+        work: Keeps finished layers.
+        progress: Makes what is told of progress, for a reader that counts its bytes.
+        announce: Told the forecast.
+        second_moments: Also add them up.
+    """
+    reader = Reader(checkpoint)
+    model = LayerwiseModel(reader, dtype, device)
+    stream = execution.stream
+    setup = Setup(stream or "layers", execution.offload or "ram", settings["batch_tokens"])
+    if execution.memory is not None:
+        found = memory.choose(
+            model,
+            samples,
+            execution.memory,
+            stream,
+            execution.offload,
+            settings["batch_tokens"],
+            group.size,
+            second_moments,
+        )
+        setup = found.setup
+    else:
+        found = memory.forecast(model, samples, setup, group.size, second_moments)
+    announce(f"forecast: {found}")
+    settings = {**settings, "batch_tokens": setup.batch_tokens}
+    if work is not None:
+        work.require(identity(source, samples, settings, group))
+        if (finished := finished_statistics(work)) is not None:
+            return finished
+    storage = Storage(setup.offload, device, work.path if work is not None else None)
+    try:
+        statistics = collect(
+            model,
+            samples,
+            source,
+            settings,
+            setup.batch_tokens,
+            setup.stream,
+            storage,
+            progress(reader),
+            work,
+            group,
+            second_moments,
+        )
+    finally:
+        storage.close()
+        reader.close()
+    keep_statistics(work, statistics)
+    return statistics
