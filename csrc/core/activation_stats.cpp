@@ -29,14 +29,25 @@ void accumulate_activation_stats(const ActivationStatsArgs& args, Stream stream)
     for (const Named& sum : {gate_sum, norm_sum, gated_norm_sum, norm_max}) {
         check.array(sum, DType::kFloat64, {experts});
     }
-    check.apart({counts, gate_sum, norm_sum, gated_norm_sum, norm_max}, {outputs, gates, offsets});
+    check.apart(
+        {counts, gate_sum, norm_sum, gated_norm_sum, norm_max, {"workspace", args.workspace}},
+        {outputs, gates, offsets}
+    );
     check.offsets(offsets, rows);
 
     if (check.device() == Device::kCuda) {
+        check.workspace(args.workspace, cuda::activation_stats_workspace_bytes(rows, experts));
         cuda::accumulate_activation_stats(args, stream);
     } else {
         cpu::accumulate_activation_stats(args);
     }
+}
+
+std::size_t activation_stats_workspace_bytes(std::int64_t rows, std::int64_t experts) {
+    const Checks check("activation_stats_workspace_bytes", TensorView{});
+    check.size("rows", rows);
+    check.size("experts", experts);
+    return cuda::activation_stats_workspace_bytes(rows, experts);
 }
 
 }  // namespace tenp

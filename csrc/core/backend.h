@@ -44,4 +44,20 @@ void accumulate_direction_change(const DirectionChangeArgs& args, Stream stream)
 void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream stream);
 void expert_gemm(const ExpertGemmArgs& args, Stream stream);
 
+// Bytes of workspace; 0 in a build without CUDA.
+std::size_t route_workspace_bytes(std::int64_t slots, std::int64_t experts);
+std::size_t activation_stats_workspace_bytes(std::int64_t rows, std::int64_t experts);
+std::size_t direction_change_workspace_bytes(std::int64_t rows, std::int64_t experts);
+std::size_t neuron_contribution_workspace_bytes(
+    std::int64_t rows, std::int64_t experts, std::int64_t neurons
+);
+std::size_t expert_gemm_workspace_bytes(
+    std::int64_t tokens,
+    std::int64_t experts_per_token,
+    std::int64_t hidden_size,
+    std::int64_t num_experts,
+    std::int64_t max_width,
+    DType dtype
+);
+
 }  // namespace tenp::cuda

@@ -161,7 +161,7 @@ void Checks::array(
 }
 
 void Checks::apart(Named written, std::initializer_list<Named> others) const {
-    if (!is_empty(written.view) && rows_overlap(written.view)) {
+    if (written.view.data != nullptr && !is_empty(written.view) && rows_overlap(written.view)) {
         fail(written.name, "without overlapping rows", "a row stride smaller than a row");
     }
     const ByteRange range = byte_range(written.view);
@@ -194,6 +194,25 @@ std::int64_t Checks::rows(
         );
     }
     return tokens * per_token;
+}
+
+void Checks::workspace(const TensorView& workspace, std::size_t needed) const {
+    std::size_t bytes = 0;
+    if (workspace.data != nullptr) {
+        const Named named{"workspace", workspace};
+        rank(named, 1);
+        array(named, workspace.dtype, {workspace.shape[0]});
+        bytes = static_cast<std::size_t>(workspace.shape[0]) * dtype_size(workspace.dtype);
+    }
+    if (bytes < needed) {
+        fail("workspace", std::to_string(needed) + " bytes or more", std::to_string(bytes));
+    }
+}
+
+void Checks::size(std::string_view argument, std::int64_t value) const {
+    if (value < 0 || value > INT32_MAX) {
+        fail(argument, "within 0.." + std::to_string(INT32_MAX), std::to_string(value));
+    }
 }
 
 void Checks::offsets(Named offsets, std::int64_t limit) const {

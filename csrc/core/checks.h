@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -61,6 +62,12 @@ class Checks {
 
     /// That `tokens` * `per_token` rows can be numbered in int32; returns their number.
     std::int64_t rows(std::string_view argument, std::int64_t tokens, std::int64_t per_token) const;
+
+    /// Any array of `needed` bytes or more; one of none may be absent.
+    void workspace(const TensorView& workspace, std::size_t needed) const;
+
+    /// A size that an op's workspace depends on: within int32.
+    void size(std::string_view argument, std::int64_t value) const;
 
     /// On the CPU: `offsets` [n] int32 never decreases and stays within 0..limit.
     void offsets(Named offsets, std::int64_t limit) const;

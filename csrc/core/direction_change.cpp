@@ -30,16 +30,26 @@ void accumulate_direction_change(const DirectionChangeArgs& args, Stream stream)
     check.array(gates, DType::kFloat32, {rows});
     check.array(offsets, DType::kInt32, {experts + 1});
     check.array(direction_change, DType::kFloat64, {experts});
-    check.apart({direction_change}, {hidden, outputs, tokens, gates, offsets});
+    check.apart(
+        {direction_change, {"workspace", args.workspace}}, {hidden, outputs, tokens, gates, offsets}
+    );
     check.offsets(offsets, rows);
 
     if (check.device() == Device::kCuda) {
+        check.workspace(args.workspace, cuda::direction_change_workspace_bytes(rows, experts));
         cuda::accumulate_direction_change(args, stream);
     } else {
         const auto* bounds = data<const std::int32_t>(args.offsets);
         check.indices(tokens, bounds[0], bounds[experts], token_count);
         cpu::accumulate_direction_change(args);
     }
+}
+
+std::size_t direction_change_workspace_bytes(std::int64_t rows, std::int64_t experts) {
+    const Checks check("direction_change_workspace_bytes", TensorView{});
+    check.size("rows", rows);
+    check.size("experts", experts);
+    return cuda::direction_change_workspace_bytes(rows, experts);
 }
 
 }  // namespace tenp

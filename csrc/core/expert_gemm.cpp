@@ -43,24 +43,6 @@ std::int64_t check_widths(const Checks& check, const ExpertGemmArgs& args) {
     return max_width;
 }
 
-std::int64_t element_count(const TensorView& view) {
-    std::int64_t count = 1;
-    for (std::int32_t axis = 0; axis < view.rank; ++axis) {
-        count *= view.shape[static_cast<std::size_t>(axis)];
-    }
-    return count;
-}
-
-void check_workspace(const Checks& check, const TensorView& workspace, std::size_t needed) {
-    check.rank({"workspace", workspace}, 1);
-    check.array({"workspace", workspace}, workspace.dtype, {workspace.shape[0]});
-    const auto bytes =
-        static_cast<std::size_t>(element_count(workspace)) * dtype_size(workspace.dtype);
-    if (bytes < needed) {
-        check.fail("workspace", std::to_string(needed) + " bytes or more", std::to_string(bytes));
-    }
-}
-
 }  // namespace
 
 void expert_gemm(const ExpertGemmArgs& args, Stream stream) {
@@ -116,9 +98,12 @@ void expert_gemm(const ExpertGemmArgs& args, Stream stream) {
         }
     }
     const bool on_cpu = check.device() == Device::kCpu;
-    const std::int64_t max_width = on_cpu ? check_widths(check, args) : 0;
-    check_workspace(
-        check, args.workspace,
+    if (!on_cpu && args.max_width < 0) {
+        check.fail("max_width", "given for CUDA arrays", std::to_string(args.max_width));
+    }
+    const std::int64_t max_width = on_cpu ? check_widths(check, args) : args.max_width;
+    check.workspace(
+        args.workspace,
         expert_gemm_workspace_bytes(tokens, per_token, hidden_size, experts, max_width, dtype)
     );
     check.apart(
@@ -143,20 +128,20 @@ std::size_t expert_gemm_workspace_bytes(
 ) {
     const TensorView like{.dtype = dtype};
     const Checks check("expert_gemm_workspace_bytes", like);
-    const auto size = [&](std::string_view argument, std::int64_t value) {
-        if (value < 0 || value > INT32_MAX) {
-            check.fail(argument, "within 0.." + std::to_string(INT32_MAX), std::to_string(value));
-        }
-    };
-    size("tokens", tokens);
-    size("experts_per_token", experts_per_token);
-    size("hidden_size", hidden_size);
-    size("num_experts", num_experts);
-    size("max_width", max_width);
+    check.size("tokens", tokens);
+    check.size("experts_per_token", experts_per_token);
+    check.size("hidden_size", hidden_size);
+    check.size("num_experts", num_experts);
+    check.size("max_width", max_width);
     check.rows("tokens * experts_per_token", tokens, experts_per_token);
     check.is_float({"dtype", like});
-    return cpu::expert_gemm_workspace_bytes(
-        tokens, experts_per_token, hidden_size, num_experts, max_width, dtype
+    return std::max(
+        cpu::expert_gemm_workspace_bytes(
+            tokens, experts_per_token, hidden_size, num_experts, max_width, dtype
+        ),
+        cuda::expert_gemm_workspace_bytes(
+            tokens, experts_per_token, hidden_size, num_experts, max_width, dtype
+        )
     );
 }
 

@@ -44,15 +44,29 @@ void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream s
         check.array(sum, DType::kFloat64, {experts, neurons});
     }
     check.apart(
-        {projection, magnitude, energy, peak}, {activations, outputs, down, gates, offsets}
+        {projection, magnitude, energy, peak, {"workspace", args.workspace}},
+        {activations, outputs, down, gates, offsets}
     );
     check.offsets(offsets, rows);
 
     if (check.device() == Device::kCuda) {
+        check.workspace(
+            args.workspace, cuda::neuron_contribution_workspace_bytes(rows, experts, neurons)
+        );
         cuda::accumulate_neuron_contribution(args, stream);
     } else {
         cpu::accumulate_neuron_contribution(args);
     }
+}
+
+std::size_t neuron_contribution_workspace_bytes(
+    std::int64_t rows, std::int64_t experts, std::int64_t neurons
+) {
+    const Checks check("neuron_contribution_workspace_bytes", TensorView{});
+    check.size("rows", rows);
+    check.size("experts", experts);
+    check.size("neurons", neurons);
+    return cuda::neuron_contribution_workspace_bytes(rows, experts, neurons);
 }
 
 }  // namespace tenp

@@ -44,13 +44,21 @@ void route(const RoutingArgs& args, Stream stream) {
     check.array(offsets, DType::kInt32, {experts + 1});
     check.array(slots, DType::kInt32, {slot_count});
     check.array(rows, DType::kInt32, {tokens, per_token});
-    check.apart({offsets, slots, rows}, {expert_ids});
+    check.apart({offsets, slots, rows, {"workspace", args.workspace}}, {expert_ids});
 
     if (check.device() == Device::kCuda) {
+        check.workspace(args.workspace, cuda::route_workspace_bytes(slot_count, experts));
         cuda::route(args, stream);
     } else {
         cpu::route(args);
     }
+}
+
+std::size_t route_workspace_bytes(std::int64_t slots, std::int64_t experts) {
+    const Checks check("route_workspace_bytes", TensorView{});
+    check.size("slots", slots);
+    check.size("experts", experts);
+    return cuda::route_workspace_bytes(slots, experts);
 }
 
 void tile_table(const TileTableArgs& args, Stream stream) {
@@ -87,14 +95,9 @@ std::int64_t tile_capacity(
     std::int32_t tile_neurons
 ) {
     const Checks check("tile_capacity", TensorView{});
-    const auto size = [&](std::string_view argument, std::int64_t value) {
-        if (value < 0 || value > INT32_MAX) {
-            check.fail(argument, "within 0.." + std::to_string(INT32_MAX), std::to_string(value));
-        }
-    };
-    size("rows", rows);
-    size("experts", experts);
-    size("max_width", max_width);
+    check.size("rows", rows);
+    check.size("experts", experts);
+    check.size("max_width", max_width);
     positive(check, "tile_rows", tile_rows);
     positive(check, "tile_neurons", tile_neurons);
 

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "tenp/export.h"
 #include "tenp/tensor.h"
 
@@ -20,6 +23,7 @@ struct ActivationStatsArgs {
     TensorView norm_sum;        ///< [E] float64, added to; sum of |y|
     TensorView gated_norm_sum;  ///< [E] float64, added to; sum of g |y|
     TensorView norm_max;        ///< [E] float64, raised to; largest |y|
+    TensorView workspace;       ///< bytes, activation_stats_workspace_bytes() or more; CUDA alone
 };
 
 /// Adds each expert's rows to its counts, gate sums and output norms; |y| is the Euclidean norm.
@@ -36,5 +40,11 @@ struct ActivationStatsArgs {
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
 /// `offsets` decreases or leaves 0..S.
 TENP_API void accumulate_activation_stats(const ActivationStatsArgs& args, Stream stream = nullptr);
+
+/// Bytes of workspace that accumulate_activation_stats() needs on a CUDA device; 0 in a build
+/// without CUDA.
+///
+/// Throws InvalidArgument when a size is negative or exceeds int32.
+TENP_API std::size_t activation_stats_workspace_bytes(std::int64_t rows, std::int64_t experts);
 
 }  // namespace tenp

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "tenp/export.h"
 #include "tenp/tensor.h"
 
@@ -20,6 +23,7 @@ struct DirectionChangeArgs {
     TensorView gates;    ///< [S] float32; g
     TensorView offsets;  ///< [E+1] int32, from route()
     TensorView direction_change;  ///< [E] float64, added to; I_e
+    TensorView workspace;         ///< bytes, direction_change_workspace_bytes() or more; CUDA alone
 };
 
 /// Adds I_e above to `direction_change`.
@@ -36,5 +40,11 @@ struct DirectionChangeArgs {
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
 /// `offsets` decreases or leaves 0..S, or a row in use names a token outside 0..T-1.
 TENP_API void accumulate_direction_change(const DirectionChangeArgs& args, Stream stream = nullptr);
+
+/// Bytes of workspace that accumulate_direction_change() needs on a CUDA device; 0 in a build
+/// without CUDA.
+///
+/// Throws InvalidArgument when a size is negative or exceeds int32.
+TENP_API std::size_t direction_change_workspace_bytes(std::int64_t rows, std::int64_t experts);
 
 }  // namespace tenp

@@ -40,9 +40,13 @@ struct ExpertGemmArgs {
         gate_up_bias;      ///< [2R] or [R] Float like the rows of `gate_up`; data == nullptr: none
     TensorView down_bias;  ///< [E, H] Float; data == nullptr: none
     Activation activation = Activation::kSilu;
-    bool gated = true;     ///< whether `gate_up` has gate rows
-    float limit = 0;       ///< kSwigluOai only, > 0
-    float alpha = 0;       ///< kSwigluOai only
+    bool gated = true;  ///< whether `gate_up` has gate rows
+    float limit = 0;    ///< kSwigluOai only, > 0
+    float alpha = 0;    ///< kSwigluOai only
+    /// Largest of `widths`, or more. Read from `widths` when negative, which only the CPU can do.
+    std::int64_t max_width = -1;
+    /// Whether products of float32 on CUDA may round their factors to 11 significant bits (tf32).
+    bool allow_tf32 = false;
     TensorView out;        ///< [T, H] Float, overwritten
     TensorView workspace;  ///< contiguous, any dtype, expert_gemm_workspace_bytes() bytes or more
 };

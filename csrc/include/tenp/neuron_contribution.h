@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
+
 #include "tenp/export.h"
 #include "tenp/tensor.h"
 
@@ -28,6 +31,7 @@ struct NeuronContributionArgs {
     TensorView magnitude;    ///< [E, I] float64, added to; sum of |m|
     TensorView energy;       ///< [E, I] float64, added to; sum of (g m)^2
     TensorView peak;         ///< [E, I] float64, raised to; largest |g m|
+    TensorView workspace;    ///< bytes, neuron_contribution_workspace_bytes() or more; CUDA alone
 };
 
 /// Adds each expert's rows to its neurons' projection, magnitude, energy and peak.
@@ -46,6 +50,14 @@ struct NeuronContributionArgs {
 /// `offsets` decreases or leaves 0..S.
 TENP_API void accumulate_neuron_contribution(
     const NeuronContributionArgs& args, Stream stream = nullptr
+);
+
+/// Bytes of workspace that accumulate_neuron_contribution() needs on a CUDA device; 0 in a build
+/// without CUDA.
+///
+/// Throws InvalidArgument when a size is negative or exceeds int32.
+TENP_API std::size_t neuron_contribution_workspace_bytes(
+    std::int64_t rows, std::int64_t experts, std::int64_t neurons
 );
 
 }  // namespace tenp

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "tenp/export.h"
@@ -20,6 +21,7 @@ struct RoutingArgs {
     TensorView offsets;  ///< [E+1] int32, overwritten; expert e has rows offsets[e]..offsets[e+1]-1
     TensorView slots;    ///< [T*k] int32, overwritten; row -> slot t*k + j, tail -1
     TensorView rows;     ///< [T, k] int32, overwritten; slot -> row, or -1 when it names no expert
+    TensorView workspace;  ///< bytes, route_workspace_bytes() or more; needed on CUDA alone
 };
 
 /// Sorts the slots of a router's choice by expert.
@@ -33,6 +35,11 @@ struct RoutingArgs {
 ///
 /// Throws InvalidArgument when an array does not fit the description above or T*k exceeds int32.
 TENP_API void route(const RoutingArgs& args, Stream stream = nullptr);
+
+/// Bytes of workspace that route() needs on a CUDA device; 0 in a build without CUDA.
+///
+/// Throws InvalidArgument when a size is negative or exceeds int32.
+TENP_API std::size_t route_workspace_bytes(std::int64_t slots, std::int64_t experts);
 
 /// Arrays of tile_table(). E experts.
 struct TileTableArgs {

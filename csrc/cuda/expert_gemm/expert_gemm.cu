@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "tenp/expert_gemm.h"
+
+#include <algorithm>
+
+#include "core/backend.h"
+#include "core/dispatch.h"
+#include "cuda/expert_gemm/layer.h"
+
+namespace tenp::cuda {
+namespace {
+
+template <class T>
+bool rows_start_aligned(const TensorView& view) {
+    return reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
+           view.stride[0] * static_cast<std::int64_t>(sizeof(T)) % 16 == 0;
+}
+
+template <class T>
+Layer<T> layer_of(const ExpertGemmArgs& args) {
+    const std::int64_t hidden_size = args.hidden.shape[1];
+    Layer<T> layer{};
+    layer.hidden = data<const T>(args.hidden);
+    layer.hidden_stride = args.hidden.stride[0];
+    layer.expert_ids = data<const std::int32_t>(args.expert_ids);
+    layer.gates = data<const float>(args.gates);
+    layer.gate_up = data<const T>(args.gate_up);
+    layer.down = data<const T>(args.down);
+    layer.widths = data<const std::int32_t>(args.widths);
+    layer.neuron_offsets = data<const std::int32_t>(args.neuron_offsets);
+    layer.gate_up_bias = data<const T>(args.gate_up_bias);
+    layer.down_bias = data<const T>(args.down_bias);
+    layer.out = data<T>(args.out);
+    layer.out_stride = args.out.stride[0];
+    layer.tokens = static_cast<int>(args.hidden.shape[0]);
+    layer.per_token = static_cast<int>(args.expert_ids.shape[1]);
+    layer.hidden_size = static_cast<int>(hidden_size);
+    layer.experts = static_cast<int>(args.widths.shape[0]);
+    layer.max_width = static_cast<int>(args.max_width);
+    layer.packed_rows = args.down.shape[0];
+    layer.activation = args.activation;
+    layer.limit = args.limit;
+    layer.alpha = args.alpha;
+    const auto weights_are_aligned = [&](const TensorView& view) {
+        return reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
+               hidden_size * static_cast<std::int64_t>(sizeof(T)) % 16 == 0;
+    };
+    layer.is_aligned = rows_start_aligned<T>(args.hidden) && weights_are_aligned(args.gate_up) &&
+                       weights_are_aligned(args.down);
+    return layer;
+}
+
+}  // namespace
+
+void expert_gemm(const ExpertGemmArgs& args, Stream stream) {
+    if (args.out.shape[0] == 0 || args.out.shape[1] == 0) {
+        return;
+    }
+    dispatch(args.hidden.dtype, Floats{}, [&]<class T>() {
+        run_by_tiles(layer_of<T>(args), args.gated, args.allow_tf32, args.workspace.data, stream);
+    });
+}
+
+std::size_t expert_gemm_workspace_bytes(
+    std::int64_t tokens,
+    std::int64_t experts_per_token,
+    std::int64_t hidden_size,
+    std::int64_t num_experts,
+    std::int64_t max_width,
+    DType dtype
+) {
+    std::size_t bytes = 0;
+    dispatch(dtype, Floats{}, [&]<class T>() {
+        Layer<T> layer{};
+        layer.per_token = static_cast<int>(experts_per_token);
+        layer.hidden_size = static_cast<int>(hidden_size);
+        layer.experts = static_cast<int>(num_experts);
+        layer.max_width = static_cast<int>(max_width);
+        bytes = tiles_workspace_bytes(layer, tokens);
+    });
+    return bytes;
+}
+
+}  // namespace tenp::cuda

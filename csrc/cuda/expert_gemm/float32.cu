@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/expert_gemm/tiles.cuh"
+
+namespace tenp::cuda {
+
+template std::size_t tiles_workspace_bytes(Layer<float>, std::int64_t);
+template void run_by_tiles(Layer<float>, bool, bool, void*, Stream);
+
+}  // namespace tenp::cuda

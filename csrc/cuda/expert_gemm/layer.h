@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/workspace.h"
+#include "tenp/expert_gemm.h"
+
+namespace tenp::cuda {
+
+/// One call of expert_gemm() as its kernels see it: T tokens of which `tokens` are in this launch.
+template <class T>
+struct Layer {
+    const T* hidden;  // [T, H]
+    std::int64_t hidden_stride;
+    const std::int32_t* expert_ids;      // [T, k]
+    const float* gates;                  // [T, k]
+    const T* gate_up;                    // [2R, H], gate rows first; [R, H] when not gated
+    const T* down;                       // [R, H]
+    const std::int32_t* widths;          // [E]
+    const std::int32_t* neuron_offsets;  // [E+1]
+    const T* gate_up_bias;               // like the rows of gate_up; nullptr: none
+    const T* down_bias;                  // [E, H]; nullptr: none
+    T* out;                              // [T, H]
+    std::int64_t out_stride;
+
+    int tokens;
+    int per_token;
+    int hidden_size;
+    int experts;
+    int max_width;
+    std::int64_t packed_rows;
+    Activation activation;
+    float limit;
+    float alpha;
+    bool is_aligned;  // every row of hidden, gate_up and down starts at a multiple of 16 bytes
+
+    // Workspace. Row r of m and y belongs to slot slots[r].
+    std::int32_t* offsets;  // [E+1]
+    std::int32_t* slots;    // [T*k]
+    std::int32_t* rows;     // [T, k]
+    T* activations;         // m: [T*k, activations_stride]
+    std::int64_t activations_stride;
+    float* outputs;  // y: [T*k, H]
+
+    /// Neurons of an expert. Never more than the caller said, for which there is room.
+    __device__ __forceinline__ int width(int expert) const {
+        return min(widths[expert], max_width);
+    }
+};
+
+/// Tiles to work on, and the number of those that were taken beyond one per block.
+struct Work {
+    const std::int32_t* tiles;  // [count, 4]: expert, first row, rows, first column
+    const std::int32_t* count;  // [1]
+    std::int32_t* taken;        // [1], starts at 0
+};
+
+/// The part of the workspace that every path has, and the m and y of `rows` rows.
+template <class T>
+void take_layer(Workspace& workspace, Layer<T>& layer, std::int64_t rows) {
+    constexpr std::int64_t kVector = 16 / static_cast<std::int64_t>(sizeof(T));
+    layer.activations_stride = (layer.max_width + kVector - 1) / kVector * kVector;
+    layer.offsets = workspace.take<std::int32_t>(layer.experts + 1);
+    layer.slots = workspace.take<std::int32_t>(rows);
+    layer.rows = workspace.take<std::int32_t>(rows);
+    layer.activations = workspace.take<T>(rows * layer.activations_stride);
+    layer.outputs = workspace.take<float>(rows * layer.hidden_size);
+}
+
+/// Bytes of workspace of either path; runs a layer by tiles, or by streaming weights.
+template <class T>
+std::size_t tiles_workspace_bytes(Layer<T> layer, std::int64_t tokens);
+template <class T>
+void run_by_tiles(Layer<T> layer, bool is_gated, bool allow_tf32, void* workspace, Stream stream);
+
+template <class T>
+std::size_t streaming_workspace_bytes(Layer<T> layer, std::int64_t tokens);
+template <class T>
+bool may_stream(const Layer<T>& layer);
+template <class T>
+void run_by_streaming(Layer<T> layer, bool is_gated, void* workspace, Stream stream);
+
+}  // namespace tenp::cuda

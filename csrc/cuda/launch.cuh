@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+
+#include "cuda/error.cuh"
+
+// How every kernel is started.
+
+namespace tenp::cuda {
+
+struct LaunchShape {
+    std::int64_t blocks = 1;
+    int threads = 256;
+    std::size_t shared_bytes = 0;
+    /// Start while the previous kernel of the stream still runs; the kernel calls
+    /// wait_for_previous_kernel() before it reads what that one wrote. Ignored before sm_90.
+    bool overlap_previous = false;
+};
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+    int device = 0;
+    TENP_CUDA_CHECK(cudaGetDevice(&device));
+    int value = 0;
+    TENP_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+    return value;
+}
+
+/// Blocks of a kernel whose blocks take work until none is left: `per_multiprocessor` on each
+/// multiprocessor, not more than there is work for, at least one. TENP_CUDA_SMS in the environment
+/// takes the place of the number of multiprocessors, to test that results do not depend on it.
+inline std::int64_t persistent_blocks(std::int64_t work, int per_multiprocessor) {
+    const char* given = std::getenv("TENP_CUDA_SMS");
+    const std::int64_t multiprocessors =
+        given != nullptr ? std::atoi(given) : device_attribute(cudaDevAttrMultiProcessorCount);
+    return std::max<std::int64_t>(1, std::min(work, multiprocessors * per_multiprocessor));
+}
+
+/// Starts `kernel` on `stream`; throws DeviceError when it cannot start.
+template <class... Parameters, class... Arguments>
+void launch(
+    void (*kernel)(Parameters...),
+    const LaunchShape& shape,
+    cudaStream_t stream,
+    Arguments... arguments
+) {
+    constexpr std::size_t kSharedWithoutAsking = 48 << 10;
+    if (shape.shared_bytes > kSharedWithoutAsking) {
+        TENP_CUDA_CHECK(cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+            static_cast<int>(shape.shared_bytes)
+        ));
+    }
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3{static_cast<unsigned>(shape.blocks), 1, 1};
+    config.blockDim = dim3{static_cast<unsigned>(shape.threads), 1, 1};
+    config.dynamicSmemBytes = shape.shared_bytes;
+    config.stream = stream;
+    config.attrs = &attribute;
+    config.numAttrs =
+        shape.overlap_previous && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+    TENP_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+}  // namespace tenp::cuda
