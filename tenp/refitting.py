@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,6 +40,20 @@ def read_experts(
     return experts.with_parameters(
         {name: torch.cat([one[name] for one in apart]) for name in apart[0]}
     )
+
+
+def reader_of_layers(checkpoint: Checkpoint) -> Callable[[int], Experts]:
+    """Return a function from a decoder layer's index to its experts with their stored weights."""
+    model = adapter.empty_model(adapter.load_config(checkpoint.directory))
+    layers = {experts.layer: experts for experts in adapter.find_experts(model)}
+    tensors = adapter.expert_tensors(model, checkpoint.tensors)
+
+    def read(layer: int) -> Experts:
+        name = next(name for name, part in tensors.items() if part.layer == layer)
+        dtype = checkpoint.tensors[name].dtype
+        return read_experts(checkpoint, layers[layer], tensors, dtype)
+
+    return read
 
 
 class Refitting:

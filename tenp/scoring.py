@@ -63,7 +63,7 @@ def router_weighted_activation(layer: LayerStatistics) -> Tensor:
 def residual_change(layer: LayerStatistics) -> Tensor:
     """EASY-EP: sum_t g |y| max(0, 1 - cos(h, h + z)), h the residual stream (arXiv 2504.06792)."""
     return _optional(
-        layer, "residual_change", "easy-ep", "the whole model in memory (--stream none)"
+        layer, "residual_change", "easy-ep", "--second-pass"
     )
 
 
@@ -92,7 +92,7 @@ def heapr(layer: LayerStatistics) -> Tensor:
     The paper's w_k^T G w_k with G = mean_t dL/dy dL/dy^T is mean_t <w_k, dL/dy>^2.
     """
     gradients = _optional(
-        layer, "gradient_energy", "heapr", "a pass of gradients (--gradients)"
+        layer, "gradient_energy", "heapr", "--second-pass"
     )
     return _per_token(layer, layer["activation_energy"]) * _per_token(layer, gradients)
 

@@ -34,10 +34,10 @@ LayerStatistics = dict[str, Tensor]
 class Statistic:
     """What one named statistic is, so that every reader treats it alike."""
 
-    #: What there is one number for: shape [D, E], [D, E, I], [D, E, H] or [D, H, H]; of a "pair" of
+    #: What there is one number for: shape [D, E], [D, E, I], [D, E, H] or [D]; of a "pair" of
     #: neurons [D, E, P] packed as in tenp.moments, with two folds per domain [2 D, E, P]. Facts of
     #: the weights have no domain axis.
-    per: Literal["expert", "neuron", "input", "output pair", "pair", "fold pair"]
+    per: Literal["expert", "neuron", "input", "layer", "pair", "fold pair"]
     merge: Literal[
         "sum", "max", "weights"
     ]  # "weights": a fact of the checkpoint, equal in all
@@ -67,7 +67,7 @@ STATISTICS: Mapping[str, Statistic] = {
 
 #: Statistics that a file has only if they were asked for, or if the pass could see what they need.
 #: h is the residual stream before the layer's experts, z what all routed experts add to it, L the
-#: mean loss of a sequence's next tokens times their number.
+#: summed loss of the next tokens.
 OPTIONAL_STATISTICS: Mapping[str, Statistic] = {
     "residual_change": Statistic(
         "expert", "sum", "sum g |y| max(0, 1 - cos(h, h + z))"
@@ -255,7 +255,7 @@ def _shape(
         "expert": (experts,),
         "neuron": (experts, width),
         "input": (experts, *hidden),
-        "output pair": (*hidden, *hidden),
+        "layer": (),
         "pair": (experts, *pairs),
         "fold pair": (experts, *pairs),
     }[statistic.per]
