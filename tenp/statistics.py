@@ -76,8 +76,8 @@ OPTIONAL_STATISTICS: Mapping[str, Statistic] = {
     "down_gram": Statistic("pair", "weights", "W_d^T W_d"),
     "activation_energy": Statistic("neuron", "sum", "sum m_k^2"),
     "gradient_energy": Statistic("neuron", "sum", "sum <w_k, dL/dy>^2"),
-    "output_fisher": Statistic(
-        "output pair", "sum", "sum dL/dz dL/dz^T, over all attended tokens"
+    "output_sensitivity": Statistic(
+        "layer", "sum", "sum |dL/dz|^2, over all attended tokens"
     ),
 }
 
