@@ -13,7 +13,7 @@ from support.op_cases import (
     make_expert_gemm,
     make_statistics,
 )
-from support.processes import call_native_alone
+from support.processes import run_python
 from torch import Tensor
 
 from tenp.errors import InvalidArgument
@@ -78,7 +78,8 @@ def test_a_number_below_one_is_refused(count: int) -> None:
 
 
 def test_the_environment_sets_the_default() -> None:
-    assert call_native_alone("num_threads", {"TENP_NUM_THREADS": "5"}).stdout.strip() == "5"
+    code = "from tenp import _C; print(_C.num_threads())"
+    assert run_python(code, {"TENP_NUM_THREADS": "5"}).stdout.strip() == "5"
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")

@@ -238,15 +238,21 @@ def _varied(base: Any, **axes: tuple[Any, ...]) -> list[Any]:
     return cases
 
 
-STATISTICS_CASES = _varied(
-    StatisticsCase(),
-    tokens=TOKEN_COUNTS,
-    hidden_size=(1, 7, 16, 33, 64, 257),
-    width=(*HOSTILE_WIDTHS, 130),
-    num_experts=(1, 64, 129),
-    experts_per_token=(1, 6),
-    pattern=ROUTING_PATTERNS,
-)
+STATISTICS_CASES = [
+    *_varied(
+        StatisticsCase(),
+        tokens=TOKEN_COUNTS,
+        hidden_size=(1, 7, 16, 33, 64, 257),
+        width=(*HOSTILE_WIDTHS, 130),
+        num_experts=(1, 64, 129),
+        experts_per_token=(1, 6),
+        pattern=ROUTING_PATTERNS,
+    ),
+    # Beyond any block of a kernel, in every direction, and a multiple of none.
+    pytest.param(
+        StatisticsCase(tokens=301, hidden_size=1030, num_experts=2, width=523), id="many-blocks"
+    ),
+]
 
 
 # ----------------------------------------------------------------------------------- expert gemm
@@ -344,14 +350,20 @@ def make_expert_gemm(case: ExpertGemmCase) -> ExpertGemmInputs:
     )
 
 
-EXPERT_GEMM_CASES = _varied(
-    ExpertGemmCase(),
-    tokens=TOKEN_COUNTS,
-    hidden_size=(1, 7, 16, 33, 64, 257),
-    widths=((0,), (1,), (40,), (0, 0, 0), (64,) * 4, tuple(range(20)), (16,) * 129),
-    experts_per_token=(1, 2, 8),
-    pattern=ROUTING_PATTERNS,
-)
+EXPERT_GEMM_CASES = [
+    *_varied(
+        ExpertGemmCase(),
+        tokens=TOKEN_COUNTS,
+        hidden_size=(1, 7, 16, 33, 64, 257),
+        widths=((0,), (1,), (40,), (0, 0, 0), (64,) * 4, tuple(range(20)), (16,) * 129),
+        experts_per_token=(1, 2, 8),
+        pattern=ROUTING_PATTERNS,
+    ),
+    # Beyond any block of a kernel, in every direction, and a multiple of none.
+    pytest.param(
+        ExpertGemmCase(tokens=151, hidden_size=1030, widths=(333, 0, 779, 129)), id="many-blocks"
+    ),
+]
 
 ACTIVATION_CASES = [
     pytest.param(

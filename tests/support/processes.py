@@ -4,30 +4,25 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from tenp import _C
 
+TESTS = Path(__file__).parents[1]
 
-def call_native_alone(
-    function: str, environment: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    """Print `_C.function()` in a new process, which loads `_C` without the package around it."""
-    code = f"""
-from importlib import util
-spec = util.spec_from_file_location("_C", {_C.__file__!r})
-native = util.module_from_spec(spec)
-spec.loader.exec_module(native)
-print(native.{function}())
+# tenp without its __init__, which imports transformers and takes longer than the tests.
+_BARE_PACKAGE = f"""
+import sys, types
+sys.modules["tenp"] = types.ModuleType("tenp")
+sys.modules["tenp"].__path__ = [{str(Path(_C.__file__).parent)!r}]
 """
-    return run_python(["-c", code], environment)
 
 
-def run_python(
-    arguments: list[str], environment: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
+def run_python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new process that can import `tenp._C`, `tenp.ops` and the tests."""
     return subprocess.run(
-        [sys.executable, *arguments],
-        env={**os.environ, **environment},
+        [sys.executable, "-c", _BARE_PACKAGE + code],
+        env={**os.environ, "PYTHONPATH": str(TESTS), **environment},
         capture_output=True,
         text=True,
     )

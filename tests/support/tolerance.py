@@ -245,9 +245,10 @@ def expert_gemm_errors(case: ExpertGemmCase, inputs: ExpertGemmInputs) -> Expert
         g = inputs.gates[token, slot, None].double().abs()
         down = inputs.down[first : first + width].double().abs()
         y_error = m_error @ down
-        if width:
-            largest = (spacing(case.dtype, m)[:, :, None] * down).amax(dim=1)
-            of_one_step_of_m.index_add_(0, token, g * largest)
+        if width and len(token):
+            # Row by row: all at once would be an array of rows x neurons x hidden.
+            largest = [(step[:, None] * down).amax(dim=0) for step in spacing(case.dtype, m)]
+            of_one_step_of_m.index_add_(0, token, g * torch.stack(largest))
 
         # 4. The down projection: a float32 sum of W_e products and a bias.
         y = m.abs() @ down
