@@ -333,6 +333,7 @@ def expert_reader(
     tensors: dict[str, ExpertTensor],
     reader: Reader,
     dtype: torch.dtype,
+    change: Callable[[ExpertTensor, Tensor], Tensor] | None = None,
 ) -> Callable[[int], dict[str, Tensor]]:
     """Return a function that reads one expert's parameters, `[1, ...]` in the family's own layout.
 
@@ -341,19 +342,27 @@ def expert_reader(
         tensors: What the checkpoint's tensors are to the experts.
         reader: The checkpoint.
         dtype: To convert to.
+        change: Applied to every tensor of the checkpoint before it is converted.
     """
     names: dict[int | None, dict[str, str]] = {}
     for name, part in tensors.items():
         if part.experts == experts.name:
             names.setdefault(part.expert, {})[part.part] = name
 
+    def one_of_all(name: str, expert: int) -> Tensor:
+        if change is None:  # the rows of one expert are contiguous
+            return reader.read(name, first=expert, count=1)
+        return change(tensors[name], reader.read(name))[expert : expert + 1]
+
+    def one(name: str) -> Tensor:
+        tensor = reader.read(name)
+        return tensor if change is None else change(tensors[name], tensor)
+
     def read(expert: int) -> dict[str, Tensor]:
-        # Families that store all experts in one tensor: its rows are contiguous per expert.
         stacked = {
-            part: reader.read(name, first=expert, count=1).to(dtype)
-            for part, name in names.get(None, {}).items()
+            part: one_of_all(name, expert).to(dtype) for part, name in names.get(None, {}).items()
         }
-        single = {part: reader.read(name).to(dtype) for part, name in names.get(expert, {}).items()}
+        single = {part: one(name).to(dtype) for part, name in names.get(expert, {}).items()}
         return {**stacked, **(experts.fuse(single) if single else {})}
 
     return read

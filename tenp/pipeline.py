@@ -22,7 +22,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tenp import adapter, calibration, evaluation, execution, planning, pruning, scoring
+from tenp import (
+    adapter,
+    calibration,
+    evaluation,
+    execution,
+    planning,
+    pruning,
+    scoring,
+    verification,
+)
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
 from tenp.errors import CheckpointError, InvalidArgument, Unsupported
@@ -224,6 +233,9 @@ def apply(
     run = run or Run()
     progress = report("write", checkpoint.bytes, "bytes") if report else None
     check = functools.partial(_check_equivalence, checkpoint, decided) if verify else None
+    if verify and run.execution.is_streamed(Group.from_environment()):
+        seen = report("verify", checkpoint.bytes, "bytes") if report else None
+        check = functools.partial(verification.verify, checkpoint, decided, None, seen)
     memory = run.execution.memory
     pruning.apply(checkpoint, decided, Path(out), check, resume, memory, progress)
 

@@ -14,7 +14,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from tenp.storage import Storage
 from tenp.workdir import WorkDirectory
 
 Stream = Literal["none", "layers", "experts"]
+T = TypeVar("T")
 
 #: Experts read ahead while one computes; more would not be faster, because reads are sequential.
 READ_AHEAD = 2
@@ -307,12 +308,12 @@ def _no_experts(module: nn.Module, *_: Any) -> Tensor:
     raise AssertionError("a layer without routed experts called some")
 
 
-def read_ahead(read: Callable[[int], dict[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
+def read_ahead(read: Callable[[int], T], count: int) -> Iterator[T]:
     """Yield `read(0)` to `read(count - 1)`, read in a thread of its own, `READ_AHEAD` at most waiting."""
-    waiting: queue.Queue[dict[str, Tensor] | Exception] = queue.Queue(READ_AHEAD)
+    waiting: queue.Queue[T | Exception] = queue.Queue(READ_AHEAD)
     stopped = threading.Event()
 
-    def put(item: dict[str, Tensor] | Exception) -> None:
+    def put(item: T | Exception) -> None:
         while not stopped.is_set():
             try:
                 waiting.put(item, timeout=0.1)

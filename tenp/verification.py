@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks a written checkpoint against the one it was made from, one expert at a time.
+
+All that pruning leaves alone must be the same bytes. Every expert must compute what the dense one
+does with its pruned neurons silenced, on hidden states of a few tokens that go through the dense
+model layer by layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tenp import adapter
+from tenp.adapter import Experts, ExpertTensor, experts_replaced
+from tenp.calibration import Routed, route
+from tenp.checkpoint import Checkpoint
+from tenp.errors import CheckpointError
+from tenp.layerwise import LayerwiseModel, expert_reader
+from tenp.plan import Plan
+from tenp.reading import Reader
+from tenp.streaming import read_ahead
+
+#: float32 sums over fewer terms differ by about 1e-6 of the largest output.
+_BOUND = 1e-5
+
+#: Tokens that stand in for an expert to which the router sends none.
+_SUBSTITUTES = 8
+
+Refit = Callable[[ExpertTensor, Tensor], Tensor]
+
+
+class _Recorded(Exception):
+    """Ends a forward when the input of the experts is known."""
+
+
+@torch.no_grad()
+def verify(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    refit: Refit | None,
+    progress: Callable[[str, int], None] | None,
+    written: Path,
+) -> None:
+    """Compare a pruned checkpoint with its source.
+
+    Args:
+        checkpoint: The dense one.
+        plan: What was kept.
+        refit: What else was changed in the tensors of experts.
+        progress: Called with (where, source bytes).
+        written: The pruned one.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    source, result = Reader(checkpoint), Reader(Checkpoint(written))
+    model = LayerwiseModel(source, torch.float32)
+    tensors = adapter.expert_tensors(model.model, checkpoint.tensors)
+    pruned = _written_tensors(model, result.checkpoint)
+    for name, entry in checkpoint.tensors.items():
+        if name in tensors:
+            continue
+        if name not in result.checkpoint.tensors or not _equal(
+            source.read(name), result.read(name)
+        ):
+            raise _mismatch(f"{name} is not the same")
+        if progress is not None:
+            progress("copied tensors", entry.bytes)
+    vocabulary = adapter.vocabulary(model.model)
+    ids = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    model.set_embeddings(ids)
+    hidden: Tensor | None = None
+    for layer in range(max(model.experts) + 1):
+        model.load(layer)
+        if layer not in model.experts:
+            hidden = model.run(layer, ids, mask, hidden)
+            model.free(layer)
+            continue
+        experts = model.experts[layer]
+        routed = _record(model, layer, ids, mask, hidden)
+        dense = _dense_reader(experts, tensors, source, plan.keep[layer], refit)
+        narrow = expert_reader(experts, pruned, result, torch.float32)
+        pairs = read_ahead(
+            lambda expert, dense=dense, narrow=narrow: (dense(expert), narrow(expert)),  # type: ignore[misc]
+            experts.num_experts,
+        )
+        out = _compare(layer, experts, routed, pairs, plan.widths()[layer])
+        if progress is not None:
+            read = sum(
+                checkpoint.tensors[name].bytes
+                for name, part in tensors.items()
+                if part.layer == layer
+            )
+            progress(f"layer {layer}", read)
+        replaced: Any = lambda module, x, index, weights, out=out: out
+        if layer < max(model.experts):
+            with experts_replaced(model.model, replaced):
+                hidden = model.run(layer, ids, mask, hidden)
+        model.free(layer)
+    source.close()
+    result.close()
+
+
+def _compare(layer: int, experts: Experts, routed: Routed, pairs: Any, widths: list[int]) -> Tensor:
+    """Compare every expert, and return the layer's routed output of the dense ones, `[T, H]`."""
+    out = torch.zeros_like(routed.hidden)
+    offsets = routed.offsets.tolist()
+    for expert, (dense, narrow) in enumerate(pairs):
+        rows = slice(offsets[expert], offsets[expert + 1])
+        tokens = routed.tokens[rows]
+        x = routed.hidden[tokens if len(tokens) else slice(_SUBSTITUTES)]
+        expected = _output(experts.with_parameters(dense), x)
+        one = experts.with_parameters(narrow)
+        if one.width != widths[expert]:
+            raise _mismatch(
+                f"expert {expert} of layer {layer} has width {one.width}, not {widths[expert]}"
+            )
+        difference = (_output(one, x) - expected).abs().max()
+        if not difference <= _BOUND * expected.abs().max():
+            raise _mismatch(
+                f"expert {expert} of layer {layer} differs by {difference / expected.abs().max():.1e} "
+                "of its largest output"
+            )
+        if len(tokens):
+            out.index_add_(0, tokens, expected * routed.gates[rows, None])
+    return out
+
+
+def _output(one: Experts, x: Tensor) -> Tensor:
+    """What one expert computes, `[n, H]`."""
+    output = one.activations(0, x) @ one.down[0].t()
+    bias = one.biases()[2]
+    return output if bias is None else output + bias[0]
+
+
+def _dense_reader(
+    experts: Experts,
+    tensors: dict[str, ExpertTensor],
+    reader: Reader,
+    keep: Tensor,
+    refit: Refit | None,
+) -> Callable[[int], dict[str, Tensor]]:
+    """Return a function that reads one dense expert and silences its pruned neurons."""
+    read = expert_reader(experts, tensors, reader, torch.float32, refit)
+
+    def masked(expert: int) -> dict[str, Tensor]:
+        parameters = read(expert)
+        one = experts.with_parameters(parameters)
+        one.down.mul_(keep[expert])
+        return parameters
+
+    return masked
+
+
+def _record(
+    model: LayerwiseModel, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None
+) -> Routed:
+    """Run a layer up to its experts and return what they would get."""
+    recorded: list[Routed] = []
+
+    def record(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        recorded.append(route(model.experts[layer], x, index, weights, mask.flatten().bool()))
+        raise _Recorded
+
+    try:
+        with experts_replaced(model.model, record):
+            model.run(layer, ids, mask, hidden)
+    except _Recorded:
+        pass
+    return recorded[0]
+
+
+def _written_tensors(model: LayerwiseModel, written: Checkpoint) -> dict[str, ExpertTensor]:
+    """What the tensors of a pruned checkpoint are to the experts."""
+    found = adapter.expert_tensors(model.model, written.tensors)
+    # Families that store all experts in one tensor: experts of different widths are stored apart.
+    layers = {experts.name: experts.layer for experts in model.experts.values()}
+    for name in written.tensors:
+        match = re.fullmatch(r"(.+)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)", name)
+        if match is not None and match[1] in layers and name not in found:
+            part = match[3] + ("_bias" if match[4] == "bias" else "")
+            found[name] = ExpertTensor(match[1], layers[match[1]], int(match[2]), part)
+    return found
+
+
+def _equal(ours: Tensor, theirs: Tensor) -> bool:
+    """Compare bytes, because NaN is not equal to itself."""
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    return torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
+
+
+def _mismatch(what: str) -> CheckpointError:
+    return CheckpointError(
+        f"the written checkpoint must compute what the masked dense model does, but {what}; nothing was kept"
+    )
