@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -35,7 +36,7 @@ from transformers.core_model_loading import (
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from tenp.errors import CheckpointError, TenpError, Unsupported
+from tenp.errors import CheckpointError, InvalidArgument, TenpError, Unsupported
 
 _CALIBRATION = "tenp_calibration"
 
@@ -279,7 +280,10 @@ def load_config(directory: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(directory)
     except (ValueError, KeyError) as error:
-        raise Unsupported(f"{directory}: {_first_line(error)}") from error
+        raise Unsupported(
+            f"{directory / 'config.json'} must describe a model that transformers {transformers.__version__} knows: "
+            f"looked for its model_type among the causal language models; {_first_line(error)}"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{directory}: {_first_line(error)}") from error
 
@@ -301,9 +305,11 @@ def load_model(
         device: A torch device, or `auto` to spread the model over what there is.
 
     Raises:
-        Unsupported: The architecture is not known or is no causal language model.
+        Unsupported: The architecture is not known or is no causal language model, or the device
+            is not there.
         CheckpointError: The weights do not fit the config.
     """
+    _require_device(device)
     config = load_config(directory)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -312,6 +318,7 @@ def load_model(
             dtype=dtype,
             device_map=device,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below
         )
     except TenpError:
         raise
@@ -324,7 +331,25 @@ def load_model(
         raise CheckpointError(
             f"{directory} must hold {missing[0]}, but {len(missing)} weights are missing"
         )
+    for name, stored, wanted in sorted(report["mismatched_keys"]):
+        raise CheckpointError(
+            f"{directory}: {name} must be {tuple(wanted)}, as config.json says, got {tuple(stored)}"
+        )
     return model.eval().requires_grad_(False)
+
+
+def _require_device(device: str) -> None:
+    if device == "auto":
+        return
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise InvalidArgument(
+            f"device must be auto or a torch device such as cpu or cuda:0, got {device}"
+        ) from None
+    count = torch.cuda.device_count()
+    if wanted.type == "cuda" and (wanted.index or 0) >= count:
+        raise Unsupported(f"device {device} must be there, but torch sees {count} CUDA devices")
 
 
 def vocabulary(model: PreTrainedModel) -> int:

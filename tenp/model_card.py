@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tenp.checkpoint import Checkpoint
 from tenp.plan import Plan
 
@@ -61,7 +63,7 @@ neurons that carry their output (TENP, Findings of ACL 2026, arXiv 2606.09885).
 
 ## How it was made
 
-Settings: `{settings}`. The plan is in `tenp_plan.json`, made from statistics `{plan.statistics[:16]}…`
+Settings: `{json.dumps(settings, sort_keys=True)}`. The plan is in `tenp_plan.json`, made from statistics `{plan.statistics[:16]}…`
 of checkpoint `{plan.source.fingerprint[:16]}…`.
 
 | layer | narrowest | median | widest | kept |

@@ -429,11 +429,15 @@ def _answers(
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.directory)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
+        # Without its files some families give a tokenizer that knows no text at all.
+        if not tokenizer("text", add_special_tokens=False)["input_ids"]:
+            raise ValueError("its vocabulary is empty")
+    except Exception as error:  # the tokenizers library raises nothing more specific
         raise CheckpointError(
             f"{checkpoint.directory} must hold a tokenizer, but it cannot be loaded: {error}"
         ) from error
+    return tokenizer
 
 
 def _max_length(config: PreTrainedConfig, run: Run) -> int:

@@ -5,9 +5,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import warnings
+from typing import NoReturn
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 
@@ -21,13 +24,29 @@ def main() -> None:
     """Run the command line; an expected error is one sentence on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet_transformers()
+    before = signal.signal(signal.SIGTERM, _unwind)
     try:
         app()
     except TenpError as error:
-        Console(stderr=True).print(
-            f"[bold red]tenp:[/] {escape(str(error))}", soft_wrap=True, highlight=False
-        )
-        sys.exit(2)
+        _fail(str(error))
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        reason = str(error).strip().split("\n")[0]
+        _fail(f"out of memory; a smaller --batch-tokens or --max-length needs less: {reason}")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _fail(message: str) -> NoReturn:
+    line = " ".join(message.split())
+    Console(stderr=True).print(
+        f"[bold red]tenp:[/] {escape(line)}", soft_wrap=True, highlight=False
+    )
+    sys.exit(2)
+
+
+def _unwind(number: int, frame: object) -> NoReturn:
+    """Leave as after an error, so that schedulers and `kill` leave no half-written files either."""
+    sys.exit(128 + number)
 
 
 def _quiet_transformers() -> None:
