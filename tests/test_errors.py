@@ -17,8 +17,8 @@ import pytest
 from support.fixtures import Command, Result, Tiny, files_of
 from support.tiny_models import make_tokenizer, save_model
 
-from tenp import adapter, calibration, files, pruning
-from tenp.checkpoint import INDEX_FILE
+from tenp import adapter, calibration, files
+from tenp.checkpoint import INDEX_FILE, ShardWriter
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ def test_a_disk_that_fills_up_while_other_files_are_copied(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     tiny.plan.save(tmp_path / "plan.json")
-    monkeypatch.setattr(pruning.shutil, "copyfile", copyfile)
+    monkeypatch.setattr(shutil, "copyfile", copyfile)
     out = tmp_path / "new" / "deep" / "out"
     result = command("apply", tiny.directory, tmp_path / "plan.json", "--out", out)
     _assert_refused(result, "cannot be written: No space left on device")
@@ -356,7 +356,7 @@ def test_ctrl_c_leaves_nothing_behind(
     if stage == "calibrate":
         monkeypatch.setattr(calibration.ops, "accumulate_direction_change", interrupt)
     elif stage == "write":
-        monkeypatch.setattr(pruning.ShardWriter, "write", interrupt)
+        monkeypatch.setattr(ShardWriter, "write", interrupt)
     else:
         monkeypatch.setattr("tenp.evaluation.mask_neurons", interrupt)
     assert prune(tiny.directory).code not in (0, 2)
@@ -366,7 +366,7 @@ def test_a_polite_kill_leaves_nothing_behind(prune, tiny: Tiny, monkeypatch) -> 
     def terminate(*arguments, **options):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(pruning.ShardWriter, "write", terminate)
+    monkeypatch.setattr(ShardWriter, "write", terminate)
     assert prune(tiny.directory).code == 128 + signal.SIGTERM
 
 
