@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tenp import adapter
 from tenp.adapter import Experts, ExpertTensor
-from tenp.checkpoint import INDEX_FILE, Checkpoint, TensorEntry
+from tenp.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorEntry
 from tenp.errors import CheckpointError, InvalidArgument, PlanError, Unsupported
 from tenp.files import new_directory, partial_of, resumable_directory
 from tenp.model_card import model_card
@@ -192,7 +192,7 @@ def rewrite(
         reader = Reader(checkpoint)
         write_shards(reader, layouts, pieces, partial, memory, progress)
         reader.close()
-        if len(layouts) > 1:
+        if layouts.keys() != {SINGLE_FILE}:
             metadata = {
                 "total_parameters": sum(entry.elements for entry in entries.values()),
                 "total_size": total,
