@@ -22,7 +22,12 @@ def cpu_isa() -> str: ...
 def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None: ...
 def route(
-    expert_ids: _Array, offsets: _Array, slots: _Array, rows: _Array, stream: int = 0
+    expert_ids: _Array,
+    offsets: _Array,
+    slots: _Array,
+    rows: _Array,
+    workspace: _Array | None = None,
+    stream: int = 0,
 ) -> None: ...
 def tile_table(
     offsets: _Array,
@@ -45,6 +50,7 @@ def accumulate_activation_stats(
     norm_sum: _Array,
     gated_norm_sum: _Array,
     norm_max: _Array,
+    workspace: _Array | None = None,
     stream: int = 0,
 ) -> None: ...
 def accumulate_direction_change(
@@ -54,6 +60,7 @@ def accumulate_direction_change(
     gates: _Array,
     offsets: _Array,
     direction_change: _Array,
+    workspace: _Array | None = None,
     stream: int = 0,
 ) -> None: ...
 def accumulate_neuron_contribution(
@@ -66,8 +73,13 @@ def accumulate_neuron_contribution(
     magnitude: _Array,
     energy: _Array,
     peak: _Array,
+    workspace: _Array | None = None,
     stream: int = 0,
 ) -> None: ...
+def route_workspace_bytes(slots: int, experts: int) -> int: ...
+def activation_stats_workspace_bytes(rows: int, experts: int) -> int: ...
+def direction_change_workspace_bytes(rows: int, experts: int) -> int: ...
+def neuron_contribution_workspace_bytes(rows: int, experts: int, neurons: int) -> int: ...
 def expert_layout(widths: Sequence[int]) -> list[int]: ...
 def expert_gemm(
     hidden: _Array,
@@ -85,6 +97,8 @@ def expert_gemm(
     gated: bool,
     limit: float,
     alpha: float,
+    max_width: int = -1,
+    allow_tf32: bool = False,
     stream: int = 0,
 ) -> None: ...
 def expert_gemm_workspace_bytes(

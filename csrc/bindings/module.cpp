@@ -61,6 +61,7 @@ void route(
     const py::object& offsets,
     const py::object& slots,
     const py::object& rows,
+    const py::object& workspace,
     std::uintptr_t stream
 ) {
     const char* op = "route";
@@ -68,11 +69,13 @@ void route(
     const Borrowed offsets_(op, "offsets", offsets);
     const Borrowed slots_(op, "slots", slots);
     const Borrowed rows_(op, "rows", rows);
+    const Borrowed workspace_(op, "workspace", workspace);
     const tenp::RoutingArgs args{
         .expert_ids = ids.view(),
         .offsets = offsets_.view(),
         .slots = slots_.view(),
         .rows = rows_.view(),
+        .workspace = workspace_.view(),
     };
     const py::gil_scoped_release release;
     tenp::route(args, as_stream(stream));
@@ -113,6 +116,7 @@ void accumulate_activation_stats(
     const py::object& norm_sum,
     const py::object& gated_norm_sum,
     const py::object& norm_max,
+    const py::object& workspace,
     std::uintptr_t stream
 ) {
     const char* op = "accumulate_activation_stats";
@@ -124,6 +128,7 @@ void accumulate_activation_stats(
     const Borrowed norm_sum_(op, "norm_sum", norm_sum);
     const Borrowed gated_norm_sum_(op, "gated_norm_sum", gated_norm_sum);
     const Borrowed norm_max_(op, "norm_max", norm_max);
+    const Borrowed workspace_(op, "workspace", workspace);
     const tenp::ActivationStatsArgs args{
         .outputs = outputs_.view(),
         .gates = gates_.view(),
@@ -133,6 +138,7 @@ void accumulate_activation_stats(
         .norm_sum = norm_sum_.view(),
         .gated_norm_sum = gated_norm_sum_.view(),
         .norm_max = norm_max_.view(),
+        .workspace = workspace_.view(),
     };
     const py::gil_scoped_release release;
     tenp::accumulate_activation_stats(args, as_stream(stream));
@@ -145,6 +151,7 @@ void accumulate_direction_change(
     const py::object& gates,
     const py::object& offsets,
     const py::object& direction_change,
+    const py::object& workspace,
     std::uintptr_t stream
 ) {
     const char* op = "accumulate_direction_change";
@@ -154,6 +161,7 @@ void accumulate_direction_change(
     const Borrowed gates_(op, "gates", gates);
     const Borrowed offsets_(op, "offsets", offsets);
     const Borrowed direction_change_(op, "direction_change", direction_change);
+    const Borrowed workspace_(op, "workspace", workspace);
     const tenp::DirectionChangeArgs args{
         .hidden = hidden_.view(),
         .outputs = outputs_.view(),
@@ -161,6 +169,7 @@ void accumulate_direction_change(
         .gates = gates_.view(),
         .offsets = offsets_.view(),
         .direction_change = direction_change_.view(),
+        .workspace = workspace_.view(),
     };
     const py::gil_scoped_release release;
     tenp::accumulate_direction_change(args, as_stream(stream));
@@ -176,6 +185,7 @@ void accumulate_neuron_contribution(
     const py::object& magnitude,
     const py::object& energy,
     const py::object& peak,
+    const py::object& workspace,
     std::uintptr_t stream
 ) {
     const char* op = "accumulate_neuron_contribution";
@@ -188,6 +198,7 @@ void accumulate_neuron_contribution(
     const Borrowed magnitude_(op, "magnitude", magnitude);
     const Borrowed energy_(op, "energy", energy);
     const Borrowed peak_(op, "peak", peak);
+    const Borrowed workspace_(op, "workspace", workspace);
     const tenp::NeuronContributionArgs args{
         .activations = activations_.view(),
         .outputs = outputs_.view(),
@@ -198,6 +209,7 @@ void accumulate_neuron_contribution(
         .magnitude = magnitude_.view(),
         .energy = energy_.view(),
         .peak = peak_.view(),
+        .workspace = workspace_.view(),
     };
     const py::gil_scoped_release release;
     tenp::accumulate_neuron_contribution(args, as_stream(stream));
@@ -219,6 +231,8 @@ void expert_gemm(
     bool gated,
     float limit,
     float alpha,
+    std::int64_t max_width,
+    bool allow_tf32,
     std::uintptr_t stream
 ) {
     const char* op = "expert_gemm";
@@ -247,6 +261,8 @@ void expert_gemm(
         .gated = gated,
         .limit = limit,
         .alpha = alpha,
+        .max_width = max_width,
+        .allow_tf32 = allow_tf32,
         .out = out_.view(),
         .workspace = workspace_.view(),
     };
@@ -293,7 +309,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
     m.def(
         "route", &route, arg("expert_ids"), arg("offsets"), arg("slots"), arg("rows"),
-        arg("stream") = 0
+        arg("workspace") = py::none(), arg("stream") = 0
     );
     m.def(
         "tile_table", &tile_table, arg("offsets"), arg("widths"), arg("tiles"), arg("count"),
@@ -306,16 +322,31 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def(
         "accumulate_activation_stats", &accumulate_activation_stats, arg("outputs"), arg("gates"),
         arg("offsets"), arg("counts"), arg("gate_sum"), arg("norm_sum"), arg("gated_norm_sum"),
-        arg("norm_max"), arg("stream") = 0
+        arg("norm_max"), arg("workspace") = py::none(), arg("stream") = 0
     );
     m.def(
         "accumulate_direction_change", &accumulate_direction_change, arg("hidden"), arg("outputs"),
-        arg("tokens"), arg("gates"), arg("offsets"), arg("direction_change"), arg("stream") = 0
+        arg("tokens"), arg("gates"), arg("offsets"), arg("direction_change"),
+        arg("workspace") = py::none(), arg("stream") = 0
     );
     m.def(
         "accumulate_neuron_contribution", &accumulate_neuron_contribution, arg("activations"),
         arg("outputs"), arg("down"), arg("gates"), arg("offsets"), arg("projection"),
-        arg("magnitude"), arg("energy"), arg("peak"), arg("stream") = 0
+        arg("magnitude"), arg("energy"), arg("peak"), arg("workspace") = py::none(),
+        arg("stream") = 0
+    );
+    m.def("route_workspace_bytes", &tenp::route_workspace_bytes, arg("slots"), arg("experts"));
+    m.def(
+        "activation_stats_workspace_bytes", &tenp::activation_stats_workspace_bytes, arg("rows"),
+        arg("experts")
+    );
+    m.def(
+        "direction_change_workspace_bytes", &tenp::direction_change_workspace_bytes, arg("rows"),
+        arg("experts")
+    );
+    m.def(
+        "neuron_contribution_workspace_bytes", &tenp::neuron_contribution_workspace_bytes,
+        arg("rows"), arg("experts"), arg("neurons")
     );
     m.def(
         "expert_layout",
@@ -329,7 +360,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "expert_gemm", &expert_gemm, arg("hidden"), arg("expert_ids"), arg("gates"), arg("gate_up"),
         arg("down"), arg("widths"), arg("neuron_offsets"), arg("gate_up_bias"), arg("down_bias"),
         arg("out"), arg("workspace"), arg("activation"), arg("gated"), arg("limit"), arg("alpha"),
-        arg("stream") = 0
+        arg("max_width") = -1, arg("allow_tf32") = false, arg("stream") = 0
     );
     m.def(
         "expert_gemm_workspace_bytes",

@@ -137,8 +137,8 @@ struct Extent {
     __device__ __forceinline__ Extent(const TileTable& table, int expert) {
         const int rows = table.offsets[expert + 1] - table.offsets[expert];
         const int columns = table.columns >= 0 ? table.columns : table.widths[expert];
-        row_tiles = (rows - 1) / table.tile_rows + (rows > 0);
-        blocks = (columns - 1) / table.tile_neurons + (columns > 0);
+        row_tiles = rows > 0 ? (rows - 1) / table.tile_rows + 1 : 0;
+        blocks = columns > 0 ? (columns - 1) / table.tile_neurons + 1 : 0;
     }
     __device__ __forceinline__ std::int64_t tiles() const {
         return std::int64_t{row_tiles} * blocks;
@@ -264,6 +264,9 @@ void tile_table(const TileTable& table, Stream stream) {
 }
 
 std::size_t route_workspace_bytes(std::int64_t slot_count, std::int64_t experts) {
+    if (chunks_of(slot_count) <= 1) {
+        return 0;
+    }
     Workspace workspace;
     take_histogram(workspace, slot_count, experts);
     return workspace.bytes();

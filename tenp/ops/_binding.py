@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack
 
+from tenp import _C
+
 _LIBRARY = torch.library.Library("tenp", "DEF")
 
 
@@ -53,6 +55,17 @@ def call(native: Callable[..., None], device: torch.device, **arguments: Any) ->
             native(**borrowed, stream=stream)
     else:
         native(**borrowed)
+
+
+def cuda_workspace(op: str, device: torch.device, *sizes: int) -> dict[str, Tensor]:
+    """Return the argument `workspace` of an op that needs one on CUDA alone.
+
+    From torch's allocator, like the results, so that the call can be captured in a graph.
+    """
+    if device.type != "cuda":
+        return {}
+    num_bytes = getattr(_C, f"{op}_workspace_bytes")(*sizes)
+    return {"workspace": torch.empty(num_bytes, dtype=torch.uint8, device=device)}
 
 
 def as_expert_ids(expert_ids: Tensor, num_experts: int) -> Tensor:

@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from tenp import _C
-from tenp.ops._binding import as_gates, call, register
+from tenp.ops._binding import as_gates, call, cuda_workspace, register
 
 
 def accumulate_direction_change(
@@ -74,6 +74,7 @@ def _accumulate(
         gates=as_gates(gates),
         offsets=offsets,
         direction_change=direction_change,
+        **cuda_workspace("direction_change", outputs.device, len(outputs), len(direction_change)),
     )
 
 

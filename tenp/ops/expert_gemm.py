@@ -164,6 +164,7 @@ def _expert_gemm(
         workspace = _cpu_workspaces.of_at_least(num_bytes)
     else:
         workspace = hidden.new_empty((num_bytes,), dtype=torch.uint8)
+    on_cuda = {} if hidden.device.type == "cpu" else {"max_width": max_width}
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     call(
         _C.expert_gemm,
@@ -183,6 +184,7 @@ def _expert_gemm(
         gated=gated,
         limit=limit,
         alpha=alpha,
+        **on_cuda,
     )
     return out
 

@@ -8,7 +8,7 @@ block, which gives the same number with one more GEMM and no such tensor.
 from torch import Tensor
 
 from tenp import _C
-from tenp.ops._binding import as_gates, call, register
+from tenp.ops._binding import as_gates, call, cuda_workspace, register
 
 
 def accumulate_neuron_contribution(
@@ -95,6 +95,9 @@ def _accumulate(
         magnitude=magnitude,
         energy=energy,
         peak=peak,
+        **cuda_workspace(
+            "neuron_contribution", outputs.device, len(outputs), down.shape[0], down.shape[-1]
+        ),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tenp import _C
-from tenp.ops._binding import as_expert_ids, call, register
+from tenp.ops._binding import as_expert_ids, call, cuda_workspace, register
 
 
 class Routing(NamedTuple):
@@ -106,6 +106,7 @@ def _route(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor
         offsets=offsets,
         slots=slots,
         rows=rows,
+        **cuda_workspace("route", expert_ids.device, expert_ids.numel(), num_experts),
     )
     return offsets, slots, rows
 

@@ -366,7 +366,12 @@ def test_nothing_outside_the_output_and_the_workspace_is_written(
         guarded((num_bytes,), torch.uint8, device) as workspace,
     ):
         workspace.fill_(255)
-        _C.expert_gemm(**inputs.to(device).arguments(), out=out, workspace=workspace)
+        _C.expert_gemm(
+            **inputs.to(device).arguments(),
+            out=out,
+            workspace=workspace,
+            max_width=max(case.widths),
+        )
         assert_matches_the_reference(case, inputs, out.cpu())
 
 
@@ -375,7 +380,12 @@ def test_an_output_with_gaps_between_its_rows_keeps_the_gaps(device: torch.devic
     inputs = make_expert_gemm(case)
     wide = torch.full((case.tokens, 60), 42.0, device=device)
     workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
-    _C.expert_gemm(**inputs.to(device).arguments(), out=wide[:, 6:54], workspace=workspace)
+    _C.expert_gemm(
+        **inputs.to(device).arguments(),
+        out=wide[:, 6:54],
+        workspace=workspace,
+        max_width=max(case.widths),
+    )
     assert (wide[:, :6] == 42).all()
     assert (wide[:, 54:] == 42).all()
     assert torch.equal(wide[:, 6:54].cpu(), out_of(inputs, device))
