@@ -1,0 +1,321 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibrates and prunes a random checkpoint of a large model's shapes within a stated memory.
+
+    python benchmarks/bench_streaming.py                       # DeepSeek-V2-Lite's shapes, 31 GB
+    python benchmarks/bench_streaming.py --layers 4            # the same shapes, 4 of 27 layers
+    python benchmarks/bench_streaming.py --shapes deepseek-v3-layer
+
+For every phase: seconds, GB read from the checkpoint, GB/s, and the peak of the memory held
+(`RssAnon`, sampled every 10 ms). Weights and tokens are random: costs do not depend on their
+values. The checkpoint and what is made of it are removed at the end. Exit code 1 if the peak is
+above the stated memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+import tenp
+from tenp import adapter, execution, pruning, scoring, verification
+from tenp.checkpoint import INDEX_FILE, Checkpoint, ShardWriter
+from tenp.distributed import Group
+from tenp.execution import Execution
+from tenp.memory import parse_bytes
+from tenp.planning import Budget, plan
+from tenp.reading import Reader
+from tenp.samples import Samples
+
+_LATENT_ATTENTION: dict[str, Any] = dict(  # noqa: C408
+    kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, hidden_act="silu"
+)
+SHAPES: dict[str, dict[str, Any]] = {
+    "deepseek-v2-lite": dict(
+        model_type="deepseek_v2",
+        vocab_size=102400,
+        hidden_size=2048,
+        intermediate_size=10944,
+        moe_intermediate_size=1408,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        n_routed_experts=64,
+        n_shared_experts=2,
+        num_experts_per_tok=6,
+        first_k_dense_replace=1,
+        q_lora_rank=None,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        **_LATENT_ATTENTION,
+    ),
+    "deepseek-v3-layer": dict(
+        model_type="deepseek_v3",
+        vocab_size=129280,
+        hidden_size=7168,
+        intermediate_size=18432,
+        moe_intermediate_size=2048,
+        num_hidden_layers=1,
+        num_attention_heads=128,
+        num_key_value_heads=128,
+        n_routed_experts=256,
+        n_shared_experts=1,
+        num_experts_per_tok=8,
+        first_k_dense_replace=0,
+        q_lora_rank=1536,
+        n_group=8,
+        topk_group=4,
+        **_LATENT_ATTENTION,
+    ),
+}
+_SHARD_BYTES = 4 << 30
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shapes", choices=SHAPES, default="deepseek-v2-lite")
+    parser.add_argument("--layers", type=int, help="fewer layers")
+    parser.add_argument("--experts", type=int, help="fewer routed experts per layer")
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=512, help="per sample")
+    parser.add_argument("--memory", default="4GiB")
+    parser.add_argument("--stream", choices=("layers", "experts"), help="else what fits")
+    parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--directory", type=Path, help="where there is room; else a temporary one")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    config = dict(SHAPES[options.shapes])
+    if options.layers:
+        config["num_hidden_layers"] = options.layers
+    if options.experts:
+        config["n_routed_experts"] = options.experts
+    torch.set_num_threads(options.threads)
+    if options.make:
+        make_checkpoint(options.make, config)
+        return 0
+    root = Path(tempfile.mkdtemp(prefix="tenp-bench-", dir=options.directory))
+    try:
+        return run(root, options)
+    finally:
+        shutil.rmtree(root)
+
+
+def run(root: Path, options: argparse.Namespace) -> int:
+    # In a process of its own, so that nothing it held is counted.
+    subprocess.run([sys.executable, *sys.argv, "--make", str(root / "dense")], check=True)
+    memory = parse_bytes(options.memory)
+    how = Execution(options.stream, memory, work_dir=root / "work")
+    checkpoint = Checkpoint(root / "dense")
+    reader = Reader(checkpoint)
+    source = pruning.source_of(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = checkpoint.config["vocab_size"]
+    ids = torch.randint(vocabulary, (options.samples, options.tokens), generator=generator)
+    samples = [Samples("random", tuple(ids))]
+    phases = Phases()
+    forecast: list[str] = []
+
+    with phases("calibrate") as phase, how.work(Group()) as work:
+
+        def progress(its_reader: Reader) -> Any:
+            phase["reader"] = its_reader
+            return lambda label, tokens: None
+
+        statistics = execution.calibrate_streamed(
+            checkpoint,
+            source,
+            samples,
+            {"batch_tokens": 4096, "dtype": "float32"},
+            how,
+            torch.float32,
+            "cpu",
+            Group(),
+            work,
+            progress,
+            forecast.append,
+        )
+        print(*forecast, flush=True)
+    with phases("plan"):
+        decided = plan(scoring.score(statistics), statistics, Budget(options.keep))
+    begun: list[float] = []
+
+    def verify(written: Path) -> None:
+        begun.append(time.perf_counter())
+        with phases("verify") as phase:
+            phase["reader"] = None
+            verification.verify(checkpoint, decided, None, None, written)
+            phase["bytes"] = checkpoint.bytes + decided.total_bytes()
+
+    with phases("write") as phase:
+        pruning.apply(checkpoint, decided, root / "pruned", verify, memory=memory)
+        phase["bytes"] = checkpoint.bytes + decided.total_bytes()
+        phase["until"] = begun[0]
+    reader.close()
+    record = {
+        "shapes": options.shapes,
+        "layers": checkpoint.config["num_hidden_layers"],
+        "routed_experts": checkpoint.config["n_routed_experts"],
+        "checkpoint_bytes": checkpoint.bytes,
+        "samples": options.samples,
+        "tokens_per_sample": options.tokens,
+        "memory_stated_bytes": memory,
+        "forecast": forecast[0],
+        "peak_anonymous_bytes": max(phase["peak"] for phase in phases.done),
+        "kept_share": decided.static_share(),
+        "phases": [
+            {name: value for name, value in phase.items() if name not in ("reader", "until")}
+            for phase in sorted(phases.done, key=lambda phase: phase["begin"])
+        ],
+        "threads": options.threads,
+        "machine": f"{_cpu_model()}, {os.cpu_count()} cores",
+        "tenp": tenp.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    print(f"{'phase':<10} {'seconds':>9} {'GB':>7} {'GB/s':>6} {'peak GiB':>9}")
+    for phase in record["phases"]:
+        moved, seconds = phase["bytes"] / 1e9, phase["seconds"]
+        print(
+            f"{phase['phase']:<10} {seconds:>9.1f} {moved:>7.1f} {moved / seconds:>6.2f} "
+            f"{phase['peak'] / 2**30:>9.2f}"
+        )
+        del phase["begin"]
+    peak = record["peak_anonymous_bytes"]
+    print(f"peak {peak / 2**30:.2f} GiB of {memory / 2**30:.2f} GiB stated")
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(record, indent=2) + "\n")
+    return 0 if peak <= memory else 1
+
+
+class Phases:
+    """Times phases and samples the anonymous memory of this process meanwhile."""
+
+    def __init__(self) -> None:
+        self.done: list[dict[str, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[dict[str, Any]]:
+        phase: dict[str, Any] = {"phase": name, "bytes": 0, "begin": time.perf_counter()}
+        stop = threading.Event()
+        peak = [anonymous_bytes()]
+
+        def sample() -> None:
+            while not stop.wait(0.01):
+                peak[0] = max(peak[0], anonymous_bytes())
+
+        sampler = threading.Thread(target=sample, daemon=True)
+        sampler.start()
+        try:
+            yield phase
+        finally:
+            stop.set()
+            sampler.join()
+        phase["seconds"] = phase.get("until", time.perf_counter()) - phase["begin"]
+        phase["peak"] = peak[0]
+        if phase.get("reader") is not None:
+            phase["bytes"] = phase["reader"].bytes
+        self.done.append(phase)
+
+
+def anonymous_bytes() -> int:
+    """Return `RssAnon` of this process."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+
+def make_checkpoint(directory: Path, fields: dict[str, Any]) -> None:
+    """Write a checkpoint of random bfloat16 numbers, in shards, tensor by tensor."""
+    config = AutoConfig.for_model(
+        **fields, max_position_embeddings=4096, tie_word_embeddings=False, dtype="bfloat16"
+    )
+    directory.mkdir(parents=True)
+    config.architectures = [type(adapter.empty_model(config)).__name__]
+    config.save_pretrained(directory)
+    shapes = dict(tensor_shapes(config))
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        size += 2 * torch.Size(shape).numel()
+        if size > _SHARD_BYTES:
+            shards.append({})
+            size = 2 * torch.Size(shape).numel()
+        shards[-1][name] = (torch.bfloat16, shape)
+    largest = max(torch.Size(shape).numel() for shape in shapes.values())
+    generator = torch.Generator().manual_seed(0)
+    spare = 1 << 20  # each tensor takes its numbers from another place of one pool
+    pool = (torch.randn(largest + spare, generator=generator) * 0.02).bfloat16()
+    weight_map = {}
+    for number, layout in enumerate(shards):
+        shard = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        writer = ShardWriter(directory / shard, layout)
+        for name, (_, shape) in layout.items():
+            begin = int(torch.randint(spare, (), generator=generator))
+            count = torch.Size(shape).numel()
+            values = pool[begin : begin + count].view(shape)
+            writer.write(name, torch.ones_like(values) if "norm" in name else values)
+            weight_map[name] = shard
+        writer.close()
+    (directory / INDEX_FILE).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def tensor_shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield name and shape of every tensor, experts one by one as on the Hub."""
+    model = adapter.empty_model(config)
+    layers = {experts.name: experts for experts in adapter.find_experts(model)}
+    for name, tensor in model.state_dict().items():
+        module, _, parameter = name.rpartition(".")
+        if module not in layers:
+            yield name, tuple(tensor.shape)
+        elif parameter == "down_proj":
+            experts = layers[module]
+            hidden, width = experts.down.shape[1:]
+            for expert in range(experts.num_experts):
+                for part, shape in (
+                    ("gate", (width, hidden)),
+                    ("up", (width, hidden)),
+                    ("down", (hidden, width)),
+                ):
+                    yield f"{module}.{expert}.{part}_proj.weight", shape
+
+
+@functools.cache
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    result = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    return result.stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
