@@ -213,7 +213,10 @@ assert "tenp" not in sys.modules
         ({"widths": {"0": "1,2,3,4,5,6"}}, r"widths for the layers \[0, 1, 2\], got \[0\]"),
         ({"widths": {str(layer): "1,2" for layer in range(3)}}, "6 widths for layer 0, got 2"),
         ({"widths": {str(layer): "a" for layer in range(3)}}, "widths .* must be numbers, got .*a"),
-        ({"widths": {str(layer): "24,24,24,24,24,24" for layer in range(3)}}, r"must be \(.*as config.json says"),
+        (
+            {"widths": {str(layer): "24,24,24,24,24,24" for layer in range(3)}},
+            r"must be \(.*as config.json says",
+        ),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(
