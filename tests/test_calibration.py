@@ -19,9 +19,7 @@ from tenp.samples import Samples
 from tenp.statistics import STATISTICS, Statistics
 
 
-def _collect(
-    model, samples: list[Samples], source, batch_tokens: int = 100
-) -> Statistics:
+def _collect(model, samples: list[Samples], source, batch_tokens: int = 100) -> Statistics:
     return calibration.collect(model, samples, source, batch_tokens=batch_tokens)
 
 
@@ -43,9 +41,7 @@ def _assert_close(ours: Statistics, theirs: Statistics, bound: float) -> None:
 def _plain_statistics(model, samples: list[Samples], source) -> Statistics:
     layers = adapter.find_experts(model)
     shapes = {experts.layer: (experts.num_experts, experts.width) for experts in layers}
-    domains = [
-        calibration.Domain(s.domain, len(s.ids), s.tokens(), ()) for s in samples
-    ]
+    domains = [calibration.Domain(s.domain, len(s.ids), s.tokens(), ()) for s in samples]
     statistics = Statistics.zeros(
         source, domains, shapes, {}, hidden=model.config.get_text_config().hidden_size
     )
@@ -56,9 +52,7 @@ def _plain_statistics(model, samples: list[Samples], source) -> Statistics:
     return statistics
 
 
-def _calls(
-    model, layers, ids: Tensor
-) -> Iterator[tuple[adapter.Experts, tuple[Tensor, ...]]]:
+def _calls(model, layers, ids: Tensor) -> Iterator[tuple[adapter.Experts, tuple[Tensor, ...]]]:
     """What every experts module is called with for one sample, without padding."""
     seen: list[tuple[adapter.Experts, tuple[Tensor, ...]]] = []
     hooks = [
@@ -74,15 +68,11 @@ def _calls(
     yield from seen
 
 
-def _add_plainly(
-    experts, sums: dict[str, Tensor], row: int, hidden, index, weights
-) -> None:
+def _add_plainly(experts, sums: dict[str, Tensor], row: int, hidden, index, weights) -> None:
     gate_rows, up_rows = (weight.double() for weight in experts.gate_and_up())
     down = experts.down.double()
     sums["down_norm"].copy_(down.norm(dim=1))
-    for x, chosen, gates in zip(
-        hidden.double(), index.tolist(), weights.double(), strict=True
-    ):
+    for x, chosen, gates in zip(hidden.double(), index.tolist(), weights.double(), strict=True):
         for e, g in zip(chosen, gates, strict=True):
             m = F.silu(gate_rows[e] @ x) * (up_rows[e] @ x)
             y = down[e] @ m
@@ -102,9 +92,7 @@ def _add_plainly(
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "deepseek_v3"])
-def test_statistics_are_those_of_a_plain_computation(
-    tmp_path: Path, model_type: str
-) -> None:
+def test_statistics_are_those_of_a_plain_computation(tmp_path: Path, model_type: str) -> None:
     directory = save_model(tmp_path / "model", model_type)
     source = pruning.source_of(Checkpoint(directory))
     model = adapter.load_model(directory, torch.float32)
@@ -125,9 +113,7 @@ def test_the_projections_of_an_expert_add_up_to_its_output_norm(tiny: Tiny) -> N
 
 def test_every_attended_token_reaches_k_experts(tiny: Tiny) -> None:
     for tensors in tiny.statistics.layers.values():
-        assert tensors["counts"].sum(dim=1).tolist() == [
-            2 * s.tokens() for s in tiny.samples
-        ]
+        assert tensors["counts"].sum(dim=1).tolist() == [2 * s.tokens() for s in tiny.samples]
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 64, 150, 100_000])
@@ -153,17 +139,11 @@ def test_the_model_computes_what_it_would_without_the_pass(tiny: Tiny) -> None:
     with torch.no_grad():
         expected = model(ids).logits
         seen = []
-        hook = model.base_model.register_forward_hook(
-            lambda *call: seen.append(call[2][0])
-        )
+        hook = model.base_model.register_forward_hook(lambda *call: seen.append(call[2][0]))
         _collect(model, [Samples("a", (ids[0],))], tiny.source)
         hook.remove()
-        torch.testing.assert_close(
-            model.lm_head(seen[0]), expected, rtol=1e-4, atol=1e-4
-        )
-        assert torch.equal(
-            model(ids).logits, expected
-        )  # and afterwards, everything is as before
+        torch.testing.assert_close(model.lm_head(seen[0]), expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(model(ids).logits, expected)  # and afterwards, everything is as before
 
 
 def test_two_passes_give_the_same_bytes(tiny: Tiny) -> None:
