@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that is stopped anywhere goes on with the same command, and gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.fixtures import Command, Tiny, files_of
+from support.kills import run_and_die
+
+from tenp import execution
+from tenp.errors import CheckpointError
+from tenp.workdir import WorkDirectory
+
+
+@pytest.fixture
+def prune(tiny: Tiny, text_file: Path, tmp_path: Path) -> list[object]:
+    """A command that prunes with a work directory."""
+    arguments = ["prune", tiny.directory, "--calibration", text_file, "--keep", 0.5]
+    arguments += ["--stream", "experts", "--batch-tokens", 300, "--quiet"]
+    return [*arguments, "--work-dir", tmp_path / "work", "--out", tmp_path / "out"]
+
+
+def _restart(tmp_path: Path) -> None:
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    shutil.rmtree(tmp_path / "work", ignore_errors=True)
+
+
+def _stop_after_layer_1(
+    prune: list[object], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = WorkDirectory.save_layer
+
+    def stop(self: WorkDirectory, layer: int, *args: object) -> None:
+        save(self, layer, *args)  # type: ignore[arg-type]
+        if layer == 1:
+            raise CheckpointError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkDirectory, "save_layer", stop)
+        assert "stopped" in command(*prune).err
+
+
+@pytest.mark.parametrize("share", [0.1, 0.4, 0.75, 0.97])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    prune: list[object], tmp_path: Path, share: float
+) -> None:
+    code, moments = run_and_die(prune, None)
+    assert code == 0
+    expected = files_of(tmp_path / "out")
+    _restart(tmp_path)
+    code, _ = run_and_die(prune, int(share * moments))
+    assert code == -signal.SIGKILL
+    code, left = run_and_die(prune, None)
+    assert code == 0
+    assert left < moments or share < 0.2
+    assert files_of(tmp_path / "out") == expected
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_finished_command_can_be_repeated(
+    prune: list[object], command: Command, tmp_path: Path
+) -> None:
+    assert command(*prune).code == 0
+    before = files_of(tmp_path / "out")
+    assert command(*prune).code == 0
+    assert files_of(tmp_path / "out") == before
+
+
+def test_another_budget_reuses_the_calibration(
+    prune: list[object], command: Command, tmp_path: Path
+) -> None:
+    assert command(*prune).code == 0
+    before = (tmp_path / "work" / "layer-0000.safetensors").stat()
+    again = [0.7 if value == 0.5 else value for value in prune]
+    assert command(*again).code == 2  # the output exists and is of another plan
+    again[-1] = tmp_path / "other"
+    assert command(*again).code == 0
+    assert (tmp_path / "work" / "layer-0000.safetensors").stat() == before
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "differs"),
+    [("--seed", 1, "settings"), ("--batch-tokens", 200, "settings"), ("--max-length", 9, "data")],
+)
+def test_a_work_directory_of_another_run_is_refused(
+    prune: list[object], command: Command, option: str, value: int, differs: str, tmp_path: Path
+) -> None:
+    assert command(*prune, "--dry-run").code == 0
+    result = command(*prune, "--dry-run", option, value)
+    assert result.code == 2
+    assert f"work must belong to this run, but its {differs} is" in result.err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("field", ["model", "tenp"])
+def test_a_work_directory_of_another_model_or_version_is_refused(
+    prune: list[object], command: Command, field: str, tmp_path: Path
+) -> None:
+    assert command(*prune, "--dry-run").code == 0
+    path = tmp_path / "work" / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: "another"}))
+    result = command(*prune, "--dry-run")
+    assert result.code == 2
+    assert f"its {field} is" in result.err
+
+
+def test_two_runs_in_one_work_directory_are_refused(
+    prune: list[object], command: Command, tmp_path: Path
+) -> None:
+    with WorkDirectory(tmp_path / "work"):
+        result = command(*prune)
+    assert result.code == 2
+    assert f"process {os.getpid()} uses it" in result.err
+
+
+@pytest.mark.parametrize("name", ["layer-0001.safetensors", "hidden-0002.0.bin", "run.json"])
+def test_a_truncated_work_file_is_told_and_nothing_is_lost(
+    prune: list[object],
+    command: Command,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _stop_after_layer_1(prune, command, monkeypatch)
+    damaged = tmp_path / "work" / name
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    result = command(*prune)
+    assert result.code == 2
+    assert f"{name} must be whole" in result.err
+    assert not (tmp_path / "out").exists()
+    damaged.write_bytes(whole)
+    assert command(*prune).code == 0
+
+
+def test_a_shard_that_changes_in_the_middle_is_told(
+    tiny: Tiny,
+    prune: list[object],
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny.directory, model)
+    shard = max(model.glob("*.safetensors"))
+    whole = shard.read_bytes()
+    prune[1] = model
+    save = WorkDirectory.save_layer
+
+    def cut_after_layer_1(self: WorkDirectory, layer: int, *args: object) -> None:
+        save(self, layer, *args)  # type: ignore[arg-type]
+        if layer == 1:
+            shard.write_bytes(whole[: len(whole) // 2])
+
+    monkeypatch.setattr(WorkDirectory, "save_layer", cut_after_layer_1)
+    result = command(*prune)
+    assert result.code == 2
+    assert "must stay as it was when the run began" in result.err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    shard.write_bytes(whole)
+    assert command(*prune).code == 0
+
+
+def test_a_shard_that_vanishes_is_told(
+    tiny: Tiny,
+    prune: list[object],
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny.directory, model)
+    prune[1] = model
+    save = WorkDirectory.save_layer
+
+    def remove(self: WorkDirectory, layer: int, *args: object) -> None:
+        save(self, layer, *args)  # type: ignore[arg-type]
+        for path in model.glob("*.safetensors"):
+            path.unlink(missing_ok=True)
+
+    monkeypatch.setattr(WorkDirectory, "save_layer", remove)
+    result = command(*prune)
+    assert result.code == 2
+    assert "cannot be found" in result.err
+
+
+_LIMITED = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+from tenp.cli import main
+main()
+"""
+
+
+def test_a_disk_that_fills_up_is_told_and_the_run_goes_on_later(
+    prune: list[object], command: Command, tmp_path: Path
+) -> None:
+    assert command(*prune).code == 0
+    expected = files_of(tmp_path / "out")
+    largest = max(len(content) for content in expected.values())
+    _restart(tmp_path)
+    # No file may grow beyond the limit: to the process that is a full disk.
+    code = _LIMITED.format(limit=largest - 1000)
+    arguments = [sys.executable, "-c", code, *map(str, prune)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+    }  # as in this process: threads change rounding
+    result = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 2, result.stderr
+    assert "cannot be written" in result.stderr
+    assert "run the same command again" in result.stderr.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
+    assert command(*prune).code == 0
+    assert files_of(tmp_path / "out") == expected
+
+
+def test_statistics_are_found_again_when_calibrate_was_stopped_after_saving(
+    tiny: Tiny, text_file: Path, command: Command, tmp_path: Path
+) -> None:
+    arguments = ["calibrate", tiny.directory, "--calibration", text_file, "--out", tmp_path / "s"]
+    arguments += ["--work-dir", tmp_path / "work", "--quiet"]
+    assert command(*arguments).code == 0
+    first = (tmp_path / "s").read_bytes()
+    assert command(*arguments).code == 0
+    assert (tmp_path / "s").read_bytes() == first
+    (tmp_path / "s").write_bytes(b"something else")
+    assert command(*arguments).code == 2
+
+
+def test_a_work_directory_does_not_say_where_the_model_is(tiny: Tiny) -> None:
+    """A work directory may be moved to another machine together with the model."""
+    from tenp.distributed import Group
+
+    found = execution.identity(tiny.source, tiny.samples, {}, Group())
+    assert str(tiny.directory) not in json.dumps(found)
+    assert found["model"] == tiny.source.fingerprint
