@@ -17,6 +17,9 @@ from tenp.errors import DataError
 from tenp.plan import Plan
 from tenp.samples import Samples
 
+#: Tokens whose distributions are compared at a time.
+_CHUNK = 512
+
 Progress = Callable[[str, int], None]
 
 
@@ -82,19 +85,19 @@ def _evaluate_domain(
     for ids, mask in samples.batches(batch_tokens, model.device):
         predicted = mask[:, 1:].bool()
         targets = ids[:, 1:][predicted]
-        log_probabilities = _log_probabilities(model, ids, mask)[predicted]
         tokens += len(targets)
-        loss -= log_probabilities.gather(1, targets[:, None]).double().sum().item()
-        if reference is not None:
-            ours = log_probabilities
-            theirs = _log_probabilities(
-                reference, ids.to(reference.device), mask.to(reference.device)
-            )
-            theirs = theirs[predicted.to(reference.device)].to(ours.device)
-            divergence += (
-                F.kl_div(ours, theirs, log_target=True, reduction="none").double().sum().item()
-            )
-            agreed += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
+        logits = _logits(model, ids, mask, predicted)
+        dense = None if reference is None else _logits(reference, ids, mask, predicted)
+        # A float32 distribution over a large vocabulary is the largest tensor: few tokens at a time.
+        for begin in range(0, len(targets), _CHUNK):
+            chunk = slice(begin, begin + _CHUNK)
+            ours = F.log_softmax(logits[chunk].float(), dim=-1)
+            loss -= ours.gather(1, targets[chunk, None]).double().sum().item()
+            if dense is not None:
+                theirs = F.log_softmax(dense[chunk].to(ours.device).float(), dim=-1)
+                terms = F.kl_div(ours, theirs, log_target=True, reduction="none")
+                divergence += terms.double().sum().item()
+                agreed += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
         if progress is not None:
             progress(samples.domain, int(mask.sum()))
     return DomainEvaluation(
@@ -113,10 +116,11 @@ def _perplexity(loss: float) -> float:
         return math.inf
 
 
-def _log_probabilities(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
-    """`[B, n - 1, V]` float32: the distribution of every token but the first."""
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return F.log_softmax(logits[:, :-1].float(), dim=-1)
+def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor, predicted: Tensor) -> Tensor:
+    """`[N, V]`: the logits of the N predicted tokens, on the model's device."""
+    ids, mask, predicted = (tensor.to(model.device) for tensor in (ids, mask, predicted))
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits[:, :-1][predicted]
 
 
 def mask_neurons(model: PreTrainedModel, plan: Plan) -> None:

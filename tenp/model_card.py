@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import json
 
+import yaml
+from huggingface_hub import metadata_load
+
 from tenp.checkpoint import Checkpoint
 from tenp.plan import Plan
 
@@ -26,6 +29,17 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/model")
 All experts have one width, so any runtime that knows the architecture loads it."""
 
 
+def _license(checkpoint: Checkpoint) -> str:
+    """The licence lines of the dense model's card: what is made from it stays under them."""
+    card = checkpoint.directory / "README.md"
+    try:
+        metadata = (metadata_load(card) if card.exists() else None) or {}
+    except (ValueError, yaml.YAMLError):
+        metadata = {}
+    fields = ("license", "license_name", "license_link")
+    return "".join(f"{field}: {metadata[field]}\n" for field in fields if field in metadata)
+
+
 def model_card(checkpoint: Checkpoint, plan: Plan, needs_tenp: bool) -> str:
     """Return the model card of what `plan` makes of `checkpoint`, as Markdown with front matter."""
     name = checkpoint.config.get("_name_or_path") or checkpoint.directory.resolve().name
@@ -38,7 +52,7 @@ def model_card(checkpoint: Checkpoint, plan: Plan, needs_tenp: bool) -> str:
     before, after = plan.source, plan
     return f"""\
 ---
-base_model: {name}
+{_license(checkpoint)}base_model: {name}
 base_model_relation: quantized
 library_name: transformers
 pipeline_tag: text-generation

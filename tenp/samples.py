@@ -122,16 +122,23 @@ def generate_answers(
         domain: Records with `prompt` or `messages`; given responses are left out.
         model: Answers.
         tokenizer: Its tokenizer.
-        max_length: Tokens of a prompt at most.
-        new_tokens: Tokens of an answer at most.
+        max_length: Tokens of a prompt and its answer at most; a longer prompt loses its beginning,
+            because its end asks for the answer.
+        new_tokens: Tokens of an answer at most, fewer than `max_length`.
         samples: As in `tokenize`.
         seed: For the choice of prompts and for sampling.
 
     Raises:
-        DataError: A record has no prompt, or the tokenizer does not match the model.
+        DataError: A record has no prompt, the tokenizer does not match the model, or answers are
+            as long as samples may be.
     """
+    if new_tokens >= max_length:
+        raise DataError(
+            f"answers must leave room for a prompt in {max_length} tokens, got {new_tokens} tokens an answer"
+        )
+    room = max_length - new_tokens
     prompts = [
-        _token_ids(_prompt_only(record, domain.name), tokenizer, answer_follows=True)[:max_length]
+        _token_ids(_prompt_only(record, domain.name), tokenizer, answer_follows=True)[-room:]
         for record in _choose(domain.records, samples, seed)
     ]
     prompts = [ids for ids in prompts if len(ids) > 0]

@@ -38,9 +38,7 @@ class Statistic:
     #: neurons [D, E, P] packed as in tenp.moments, with two folds per domain [2 D, E, P]. Facts of
     #: the weights have no domain axis.
     per: Literal["expert", "neuron", "input", "layer", "pair", "fold pair"]
-    merge: Literal[
-        "sum", "max", "weights"
-    ]  # "weights": a fact of the checkpoint, equal in all
+    merge: Literal["sum", "max", "weights"]  # "weights": a fact of the checkpoint, equal in all
     formula: str
     dtype: torch.dtype = torch.float64
 
@@ -50,9 +48,7 @@ class Statistic:
 STATISTICS: Mapping[str, Statistic] = {
     "counts": Statistic("expert", "sum", "n_e", torch.int64),
     "gate_sum": Statistic("expert", "sum", "sum g"),
-    "normalized_gate_sum": Statistic(
-        "expert", "sum", "sum g / (sum of the token's gates)"
-    ),
+    "normalized_gate_sum": Statistic("expert", "sum", "sum g / (sum of the token's gates)"),
     "norm_sum": Statistic("expert", "sum", "sum |y|"),
     "gated_norm_sum": Statistic("expert", "sum", "sum g |y|"),
     "norm_max": Statistic("expert", "max", "max |y|"),
@@ -69,16 +65,12 @@ STATISTICS: Mapping[str, Statistic] = {
 #: h is the residual stream before the layer's experts, z what all routed experts add to it, L the
 #: summed loss of the next tokens.
 OPTIONAL_STATISTICS: Mapping[str, Statistic] = {
-    "residual_change": Statistic(
-        "expert", "sum", "sum g |y| max(0, 1 - cos(h, h + z))"
-    ),
+    "residual_change": Statistic("expert", "sum", "sum g |y| max(0, 1 - cos(h, h + z))"),
     "second_moment": Statistic("fold pair", "sum", "sum g^2 m m^T"),
     "down_gram": Statistic("pair", "weights", "W_d^T W_d"),
     "activation_energy": Statistic("neuron", "sum", "sum m_k^2"),
     "gradient_energy": Statistic("neuron", "sum", "sum <w_k, dL/dy>^2"),
-    "output_sensitivity": Statistic(
-        "layer", "sum", "sum |dL/dz|^2, over all attended tokens"
-    ),
+    "output_sensitivity": Statistic("layer", "sum", "sum |dL/dz|^2, over all attended tokens"),
 }
 
 ALL_STATISTICS: Mapping[str, Statistic] = {**STATISTICS, **OPTIONAL_STATISTICS}
@@ -141,9 +133,7 @@ class Statistics:
             return torch.zeros(shape, dtype=statistic.dtype, device=device)
 
         layers = {
-            layer: {
-                name: empty(statistic, *shape) for name, statistic in STATISTICS.items()
-            }
+            layer: {name: empty(statistic, *shape) for name, statistic in STATISTICS.items()}
             for layer, shape in shapes.items()
         }
         return cls(source, domains, layers, settings)
@@ -213,9 +203,7 @@ class Statistics:
             ) from error
 
     @classmethod
-    def _from_file(
-        cls, header: dict[str, Any], tensors: Mapping[str, Tensor]
-    ) -> Statistics:
+    def _from_file(cls, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
         """Put together what the file holds; ValueError and the like if it does not fit together."""
         domains = tuple(
             Domain(**{**domain, "sources": tuple(domain["sources"])})
@@ -230,9 +218,7 @@ class Statistics:
             if missing := STATISTICS.keys() - found.keys():
                 raise ValueError(f"layer {layer} lacks {', '.join(sorted(missing))}")
             if unknown := found.keys() - ALL_STATISTICS.keys():
-                raise ValueError(
-                    f"layer {layer} has unknown {', '.join(sorted(unknown))}"
-                )
+                raise ValueError(f"layer {layer} has unknown {', '.join(sorted(unknown))}")
             for name in found:
                 statistic = ALL_STATISTICS[name]
                 expected = _shape(statistic, len(domains), found)
@@ -244,9 +230,7 @@ class Statistics:
         return cls(Source(**header["source"]), domains, layers, header["settings"])
 
 
-def _shape(
-    statistic: Statistic, domains: int, layer: LayerStatistics
-) -> tuple[int, ...]:
+def _shape(statistic: Statistic, domains: int, layer: LayerStatistics) -> tuple[int, ...]:
     """What a statistic's shape must be, given the others of its layer."""
     experts, width = layer["down_norm"].shape
     pairs = layer["down_gram"].shape[1:] if "down_gram" in layer else ()
@@ -272,13 +256,11 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
     these batches bit for bit. Optional statistics that a part lacks are left out.
 
     Raises:
-        InvalidArgument: The parts are of different models.
+        InvalidArgument: The parts are of different models, or two of them count the same text.
     """
     parts = list(parts)
     if not parts:
-        raise InvalidArgument(
-            "merge: parts must hold at least one Statistics, got none"
-        )
+        raise InvalidArgument("merge: parts must hold at least one Statistics, got none")
     first = parts[0]
     for part in parts[1:]:
         if part.source != first.source:
@@ -290,6 +272,11 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
     for domain in (domain for part in parts for domain in part.domains):
         known = merged.get(domain.name)
         if known is not None:
+            if repeated := set(known.sources) & set(domain.sources):
+                raise InvalidArgument(
+                    f"merge: every text must be counted once, got the same samples of domain {domain.name} "
+                    f"twice ({min(repeated)[:12]})"
+                )
             domain = Domain(
                 domain.name,
                 known.samples + domain.samples,

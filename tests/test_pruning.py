@@ -16,6 +16,7 @@ from support.tiny_models import save_model
 from tenp import pipeline, planning, pruning
 from tenp.checkpoint import INDEX_FILE, Checkpoint
 from tenp.errors import CheckpointError, InvalidArgument, PlanError, Unsupported
+from tenp.model_card import model_card
 from tenp.plan import Plan
 from tenp.planning import Budget
 
@@ -65,6 +66,15 @@ def test_files_beside_the_weights_are_copied(tmp_path: Path, tiny: Tiny) -> None
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"chat_template.jinja", "tokenizer.json", "generation_config.json"} <= names
     assert not {"pytorch_model.bin", "folder"} & names
+
+
+def test_the_card_keeps_the_licence(tiny: Tiny, tmp_path: Path) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(tiny.directory, dense)
+    (dense / "README.md").write_text("---\nlicense: mit\ntags: [x]\n---\n# dense\n")
+    card = model_card(Checkpoint(dense), tiny.plan, needs_tenp=True)
+    assert "license: mit\n" in card
+    assert "license" not in model_card(Checkpoint(tiny.directory), tiny.plan, needs_tenp=True)
 
 
 def test_the_plan_and_a_card_lie_beside_the_weights(tiny: Tiny) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.fixtures import Tiny
+from support.fixtures import Tiny, of_other_text
 
 from tenp import adapter, calibration
 from tenp.errors import DataError, InvalidArgument
@@ -69,7 +69,7 @@ def test_merging_one_part_changes_nothing(tiny: Tiny) -> None:
 
 
 def test_sums_double_and_maxima_stay_when_tokens_double(tiny: Tiny) -> None:
-    twice = merge([tiny.statistics, tiny.statistics])
+    twice = merge([tiny.statistics, of_other_text(tiny.statistics)])
     for layer, tensors in tiny.statistics.layers.items():
         for name, statistic in STATISTICS.items():
             factor = 2 if statistic.merge == "sum" else 1
@@ -83,13 +83,18 @@ def test_statistics_of_other_checkpoints_do_not_merge(tiny: Tiny) -> None:
         merge([tiny.statistics, other])
 
 
+def test_the_same_text_is_not_counted_twice(tiny: Tiny) -> None:
+    with pytest.raises(InvalidArgument, match="counted once, got the same samples of domain"):
+        merge([tiny.statistics, tiny.statistics])
+
+
 def test_nothing_to_merge_is_refused() -> None:
     with pytest.raises(InvalidArgument, match="at least one"):
         merge([])
 
 
 def test_merging_records_the_settings_of_both_when_they_differ(tiny: Tiny) -> None:
-    other = dataclasses.replace(tiny.statistics, settings={"seed": 1})
+    other = dataclasses.replace(of_other_text(tiny.statistics), settings={"seed": 1})
     assert merge([tiny.statistics, other]).settings == {
         "merged": [tiny.statistics.settings, {"seed": 1}]
     }

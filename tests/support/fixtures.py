@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -115,3 +116,12 @@ def files_of(directory: Path) -> dict[str, bytes]:
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else b"directory"
         for path in sorted(directory.rglob("*"))
     }
+
+
+def of_other_text(statistics: Statistics) -> Statistics:
+    """The same sums, as if they came from other samples: two equal runs do not merge."""
+    domains = tuple(
+        dataclasses.replace(domain, sources=tuple(source[::-1] for source in domain.sources))
+        for domain in statistics.domains
+    )
+    return dataclasses.replace(statistics, domains=domains)

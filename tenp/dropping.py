@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out plans that drop whole experts: their weights go, and their rows in the routers.
+
+The result is an ordinary smaller checkpoint of the family and needs no tenp. The experts that stay
+may be given new weights on the way, as `tenp.dern` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tenp import adapter, pruning
+from tenp.adapter import Experts, ExpertTensor
+from tenp.checkpoint import Checkpoint
+from tenp.errors import CheckpointError, PlanError, Unsupported
+from tenp.model_card import model_card
+from tenp.plan import Plan
+
+#: Layer to the experts that replace those that stay, in their order, with weights.
+Rebuild = Callable[[int], Experts]
+
+
+def apply(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: Path,
+    rebuild: Rebuild | None = None,
+    verify: bool = True,
+) -> None:
+    """Write the checkpoint of fewer experts.
+
+    Args:
+        checkpoint: The dense model.
+        plan: With `experts`, equally many in every layer.
+        out: The new directory.
+        rebuild: Gives the experts that stay new weights; they keep them if None.
+        verify: Load what was written with stock transformers and compare its weights.
+
+    Raises:
+        PlanError: The plan is for another checkpoint, or keeps different numbers of experts.
+        Unsupported: The family's config or routers cannot have fewer experts.
+        CheckpointError: The checkpoint is damaged, or what was written is not what was planned.
+    """
+    plan.validate(pruning.source_of(checkpoint))
+    assert plan.experts is not None
+    stays = plan.experts
+    counts = {len(experts) for experts in stays.values()}
+    if len(counts) != 1:
+        raise PlanError(f"every layer must keep equally many experts, got {sorted(counts)}")
+    config = adapter.load_config(checkpoint.directory)
+    _check_groups(adapter.expert_groups(config), plan)
+    changed = adapter.config_of_experts(config, counts.pop())
+    model = adapter.empty_model(config)
+    if changed is None:
+        raise Unsupported(
+            f"{type(model).__name__} must have a config field for the number of experts that changes "
+            "nothing but experts and routers, got none; narrow its experts instead"
+        )
+    fields, router_axes = changed
+    tensors = adapter.expert_tensors(model, checkpoint.tensors)
+    names = adapter.model_names(model, checkpoint.tensors)
+    layers = {experts.layer: experts for experts in adapter.find_experts(model)}
+    rebuilt = _Cache(rebuild) if rebuild is not None else None
+
+    def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+        part = tensors.get(name)
+        if part is None:
+            axis = router_axes.get(names[name])
+            if axis is not None:
+                layer = _layer_of(names[name], stays)
+                tensor = tensor.index_select(axis, torch.tensor(stays[layer], device=tensor.device))
+            yield name, tensor
+            return
+        kept = stays[part.layer]
+        if part.expert is not None and part.expert not in kept:
+            return
+        new = kept.index(part.expert) if part.expert is not None else None
+        if tensor.is_meta or rebuilt is None:
+            if new is None:
+                tensor = tensor.index_select(0, torch.tensor(kept, device=tensor.device))
+        else:
+            tensor = _rebuilt_tensor(rebuilt(part.layer), part, new).to(tensor.dtype)
+        yield name if new is None else _renumbered(name, part, new), tensor
+
+    def check(written: Path) -> None:
+        _verify(written, layers, plan, checkpoint, rebuilt)
+
+    pruning.rewrite(
+        checkpoint,
+        out,
+        pruning._with_fields(checkpoint.config, fields),
+        pieces,
+        extra_files={
+            pruning.PLAN_FILE: plan._to_bytes(),
+            "README.md": model_card(checkpoint, plan, needs_tenp=False).encode(),
+        },
+        verify=check if verify else None,
+    )
+
+
+class _Cache:
+    """Rebuilds each layer once; tensors of a layer mostly follow each other."""
+
+    def __init__(self, rebuild: Rebuild) -> None:
+        self._rebuild = rebuild
+        self._layers: dict[int, Experts] = {}
+
+    def __call__(self, layer: int) -> Experts:
+        if layer not in self._layers:
+            self._layers.clear()
+            self._layers[layer] = self._rebuild(layer)
+        return self._layers[layer]
+
+
+def _rebuilt_tensor(experts: Experts, part: ExpertTensor, expert: int | None) -> Tensor:
+    """What a checkpoint tensor becomes, from experts in the family's own fused layout."""
+    if expert is None:
+        return getattr(experts.module, part.part)
+    gate, up = experts.gate_and_up()
+    matrices = {"gate": gate, "up": up, "down": experts.down}
+    matrix = matrices[part.part]
+    assert matrix is not None
+    return matrix[expert].contiguous()
+
+
+def _renumbered(name: str, part: ExpertTensor, expert: int) -> str:
+    return re.sub(rf"experts\.{part.expert}\.", f"experts.{expert}.", name, count=1)
+
+
+def _layer_of(name: str, layers: dict[int, list[int]]) -> int:
+    numbers = [int(number) for number in re.findall(r"\.(\d+)\.", name)]
+    found = [number for number in numbers if number in layers]
+    if not found:
+        raise Unsupported(f"{name} must belong to one layer, but names none")
+    return found[0]
+
+
+def _check_groups(groups: int, plan: Plan) -> None:
+    assert plan.experts is not None
+    if groups == 1:
+        return
+    for layer, experts in plan.experts.items():
+        size = plan.keep[layer].shape[0] // groups
+        counts = {sum(expert // size == group for expert in experts) for group in range(groups)}
+        if len(counts) != 1:
+            raise Unsupported(
+                f"the routers choose among {groups} groups of experts, so equally many of each group must "
+                f"stay, got {sorted(counts)} in layer {layer}; narrow the experts instead"
+            )
+
+
+def _verify(
+    written: Path,
+    layers: dict[int, Experts],
+    plan: Plan,
+    checkpoint: Checkpoint,
+    rebuilt: _Cache | None,
+) -> None:
+    """Load with stock transformers; every expert must be the one planned."""
+    from tenp.refitting import reader_of_layers
+
+    assert plan.experts is not None
+    loaded = {e.layer: e for e in adapter.find_experts(adapter.load_model(written))}
+    read = reader_of_layers(checkpoint)
+    for layer, kept in plan.experts.items():
+        new = loaded[layer]
+        if rebuilt is not None:
+            expected = rebuilt(layer)
+            at = torch.arange(len(kept))
+        else:
+            expected, at = read(layer), torch.tensor(kept)
+        pairs = zip(
+            (*new.gate_and_up(), new.down),
+            (*expected.gate_and_up(), expected.down),
+            strict=True,
+        )
+        for ours, theirs in pairs:
+            if ours is None or theirs is None:
+                continue
+            if not torch.equal(ours, theirs[at].to(ours.dtype)):
+                raise CheckpointError(
+                    f"the written experts of layer {layer} must be the planned ones, got others; "
+                    "nothing was kept"
+                )
