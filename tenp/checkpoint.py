@@ -7,6 +7,7 @@ checkpoint larger than memory is no special case. What the tensors mean is in `t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -57,6 +58,8 @@ class TensorEntry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int = 0  # where its bytes begin in the file
+    scales: TensorEntry | None = None  # of its blocks, if it is stored in float8
+    stored_dtype: torch.dtype | None = None  # in the file, if another than `dtype`
 
     @property
     def elements(self) -> int:
@@ -68,8 +71,13 @@ class TensorEntry:
 
     @property
     def bytes(self) -> int:
-        """Stored bytes."""
+        """Bytes in memory, in its dtype; those in the file if that is the stored one."""
         return self.elements * self.dtype.itemsize
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.elements * (self.stored_dtype or self.dtype).itemsize
 
 
 class Checkpoint:
@@ -77,8 +85,10 @@ class Checkpoint:
 
     Attributes:
         directory: Where it lies.
-        config: `config.json` as it is.
-        tensors: Name to entry, in the order of shards and then of names.
+        config: `config.json` as it is; without its quantization when float8 is read as bfloat16.
+        tensors: Name to entry, in the order of shards and then of names. Weights in float8 with a
+            scale per block appear as the bfloat16 weights that they stand for, without their scales.
+        block: `[rows, columns]` of a block of float8 weights, or None.
 
     Args:
         directory: A directory with `config.json` and safetensors files.
@@ -101,6 +111,10 @@ class Checkpoint:
                 )
             for name, (dtype, shape, begin) in sorted(entries.items()):
                 self.tensors[name] = TensorEntry(shard, dtype, shape, begin)
+        self.block = _float8_block(self.config)
+        if self.block is not None:
+            self.config = {k: v for k, v in self.config.items() if k != "quantization_config"}
+            self.tensors = _dequantized(self.tensors)
 
     @classmethod
     def resolve(cls, model: str | Path) -> Checkpoint:
@@ -150,7 +164,7 @@ class Checkpoint:
         return list(dict.fromkeys(entry.shard for entry in self.tensors.values()))
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors one by one; each shard is opened once while its names follow each other."""
+        """Yield tensors one by one, as they are stored; each shard is opened once while its names follow each other."""
         opened: str | None = None
         file: Any = None
         for name in names:
@@ -186,8 +200,8 @@ class Checkpoint:
                 digest.update(shard.encode() + b"\0" + struct.pack("<Q", path.stat().st_size))
                 digest.update(_header_bytes(file))
                 for entry in sorted(entries, key=lambda entry: entry.begin):
-                    file.seek(entry.begin + max(entry.bytes - _SAMPLE_BYTES, 0) // 2)
-                    digest.update(file.read(min(entry.bytes, _SAMPLE_BYTES)))
+                    file.seek(entry.begin + max(entry.stored_bytes - _SAMPLE_BYTES, 0) // 2)
+                    digest.update(file.read(min(entry.stored_bytes, _SAMPLE_BYTES)))
         return digest.hexdigest()
 
 
@@ -238,6 +252,34 @@ class ShardWriter:
         """Let go of the file, finished or not."""
         with suppress(OSError):  # what is buffered may not fit on the disk
             self._file.close()
+
+
+#: How the scales of a float8 weight are named after it.
+_SCALES = "_scale_inv"
+
+
+def _float8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the block of a checkpoint in DeepSeek-V3's float8 format."""
+    settings = config.get("quantization_config") or {}
+    block = settings.get("weight_block_size")
+    if settings.get("quant_method") != "fp8" or not block:
+        return None
+    return int(block[0]), int(block[1])
+
+
+def _dequantized(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Show float8 weights as bfloat16 and hide their scales."""
+    shown = {}
+    for name, entry in tensors.items():
+        if name.endswith(_SCALES) and name.removesuffix(_SCALES) in tensors:
+            continue
+        scales = tensors.get(name + _SCALES)
+        if scales is not None:
+            entry = dataclasses.replace(
+                entry, dtype=torch.bfloat16, stored_dtype=entry.dtype, scales=scales
+            )
+        shown[name] = entry
+    return shown
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class Execution:
 
     Attributes:
         stream: `none` holds the whole model, `layers` one layer, `experts` one layer without its
-            routed experts. None is `layers` in several processes, else what fits `memory`, else `none`.
+            routed experts. None is what fits `memory` if that is stated, `layers` in several processes or
+            for a checkpoint in float8, else `none`.
         memory: Bytes that each process may hold, or None.
         offload: Where hidden states stay between layers; None is a file if `memory` asks for it,
             else memory.
@@ -53,8 +54,12 @@ class Execution:
     offload: Offload | None = None
     work_dir: Path | None = None
 
-    def is_streamed(self, group: Group) -> bool:
+    def is_streamed(self, group: Group, checkpoint: Checkpoint) -> bool:
         """Whether weights are read layer by layer.
+
+        Args:
+            group: The processes of the run.
+            checkpoint: The model. Only streaming reads float8 weights as this package does.
 
         Raises:
             InvalidArgument: The options contradict each other.
@@ -62,11 +67,12 @@ class Execution:
         if self.stream == "none" and (self.memory is not None or group.size > 1):
             why = "--memory" if self.memory is not None else f"{group.size} processes"
             raise InvalidArgument(f"--stream must be layers or experts with {why}, got none")
-        return (
-            self.stream in ("layers", "experts")
-            or self.stream is None
-            and (self.memory is not None or group.size > 1)
-        )
+        if self.stream == "none" and checkpoint.block is not None:
+            raise InvalidArgument(
+                "--stream must be layers or experts for a checkpoint in float8, got none"
+            )
+        wants = self.memory is not None or group.size > 1 or checkpoint.block is not None
+        return self.stream in ("layers", "experts") or (self.stream is None and wants)
 
     @contextmanager
     def work(self, group: Group) -> Iterator[WorkDirectory | None]:

@@ -130,7 +130,7 @@ def _calibrate(
         "seed": run.seed,
         "self_generate": run.self_generate,
     }
-    if run.execution.is_streamed(group):
+    if run.execution.is_streamed(group, checkpoint):
         if run.self_generate:
             raise Unsupported(
                 "self_generate needs the whole model in memory; use --stream none, or calibrate on answers in a file"
@@ -233,7 +233,7 @@ def apply(
     run = run or Run()
     progress = report("write", checkpoint.bytes, "bytes") if report else None
     check = functools.partial(_check_equivalence, checkpoint, decided) if verify else None
-    if verify and run.execution.is_streamed(Group.from_environment()):
+    if verify and run.execution.is_streamed(Group.from_environment(), checkpoint):
         seen = report("verify", checkpoint.bytes, "bytes") if report else None
         check = functools.partial(verification.verify, checkpoint, decided, None, seen)
     memory = run.execution.memory

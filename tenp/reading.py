@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenp.checkpoint import Checkpoint
+from tenp.checkpoint import Checkpoint, TensorEntry
 from tenp.errors import CheckpointError
 
 #: One read of so many bytes is as fast as a larger one and leaves the lock of the file often.
@@ -46,7 +46,7 @@ class Reader:
         }
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        """Return a tensor in its stored dtype.
+        """Return a tensor; float8 weights with scales as bfloat16.
 
         Args:
             name: Of the tensor.
@@ -57,14 +57,22 @@ class Reader:
             CheckpointError: The shard is gone, has changed, or cannot be read.
         """
         entry = self.checkpoint.tensors[name]
-        shape = entry.shape
-        skipped = 0
-        if count is not None:
-            skipped = first * (entry.bytes // shape[0])
-            shape = (count, *shape[1:])
-        tensor = torch.empty(shape, dtype=entry.dtype)
+        if entry.scales is not None:
+            assert self.checkpoint.block is not None
+            weight = self._read(entry, entry.shape, 0)
+            scales = self._read(entry.scales, entry.scales.shape, 0)
+            whole = dequantize(weight, scales, self.checkpoint.block).to(entry.dtype)
+            return whole if count is None else whole[first : first + count]
+        if count is None:
+            return self._read(entry, entry.shape, 0)
+        return self._read(entry, (count, *entry.shape[1:]), first)
+
+    def _read(self, entry: TensorEntry, shape: tuple[int, ...], first: int) -> Tensor:
+        """Read so many rows from the first on, as they are stored."""
+        tensor = torch.empty(shape, dtype=entry.stored_dtype or entry.dtype)
         if tensor.numel():
-            self._fill(entry.shard, entry.begin + skipped, tensor.view(-1).view(torch.uint8))
+            begin = entry.begin + first * (entry.stored_bytes // entry.shape[0] if first else 0)
+            self._fill(entry.shard, begin, tensor.view(-1).view(torch.uint8))
         return tensor
 
     def touch(self, names: Iterable[str], stop: threading.Event) -> None:
@@ -72,10 +80,10 @@ class Reader:
         scratch = torch.empty(_CHUNK, dtype=torch.uint8)
         for name in names:
             entry = self.checkpoint.tensors[name]
-            for offset in range(0, entry.bytes, _CHUNK):
+            for offset in range(0, entry.stored_bytes, _CHUNK):
                 if stop.is_set():
                     return
-                size = min(_CHUNK, entry.bytes - offset)
+                size = min(_CHUNK, entry.stored_bytes - offset)
                 os.preadv(
                     self._file(entry.shard),
                     [scratch[:size].numpy().data],
@@ -119,6 +127,22 @@ class Reader:
                 except OSError as error:
                     raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
             return self._files[shard]
+
+
+def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return float8 weights times the scales of their blocks, in float32.
+
+    Args:
+        weight: `[R, C]`, float8.
+        scales: `[ceil(R / block[0]), ceil(C / block[1])]`; blocks at the edges may be smaller.
+        block: Rows and columns of a block.
+    """
+    rows, columns = weight.shape
+    spread = scales.float().repeat_interleave(block[1], dim=1)[:, :columns]
+    result = weight.float()
+    for number, band in enumerate(result.split(block[0])):
+        band.mul_(spread[number])
+    return result[:rows]
 
 
 class LazyTensor:
