@@ -43,6 +43,21 @@ _CALIBRATION = "tenp_calibration"
 #: Config attributes that set the width of the routed experts in some family.
 _WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
 
+#: Config attributes that set the number of routed experts, and how many a token gets.
+_COUNT_FIELDS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+)
+_TOP_K_FIELDS = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_k",
+    "top_k",
+)
+
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -454,6 +469,75 @@ def config_of_width(config: PreTrainedConfig, width: int) -> dict[str, Any] | No
         ):
             return {field: width}
     return None
+
+
+def config_of_experts(
+    config: PreTrainedConfig, count: int
+) -> tuple[dict[str, Any], dict[str, int]] | None:
+    """Return the config fields that give every layer fewer experts, and the router weights that shrink.
+
+    Every candidate field is tried on an empty model; what changes its shape besides the experts
+    belongs to the router.
+
+    Args:
+        config: The unpruned model's.
+        count: The new number of experts.
+
+    Returns:
+        Fields to change in the (text) config, and the names of weights of the model outside the
+        experts to the axis that counts experts; or None when the family has no such field.
+    """
+    before = empty_model(config)
+    others, experts = _other_shapes(before), find_experts(before)
+    text = config.get_text_config()
+    for field in _COUNT_FIELDS:
+        full = getattr(text, field, None)
+        if not isinstance(full, int) or any(layer.num_experts != full for layer in experts):
+            continue
+        fields: dict[str, Any] = {field: count}
+        for top_k in _TOP_K_FIELDS:
+            chosen = getattr(text, top_k, None)
+            if isinstance(chosen, int) and chosen > count:
+                fields[top_k] = count
+        changed = type(config).from_dict(config.to_dict())
+        for name, value in fields.items():
+            setattr(changed.get_text_config(), name, value)
+        model = empty_model(changed)
+        if any(layer.num_experts != count for layer in find_experts(model)):
+            continue
+        axes = {}
+        for name, shape in _other_shapes(model).items():
+            differs = [
+                at
+                for at, sizes in enumerate(zip(others[name], shape, strict=True))
+                if sizes[0] != sizes[1]
+            ]
+            if differs and [(others[name][at], shape[at]) for at in differs] != [(full, count)]:
+                return None
+            if differs:
+                axes[name] = differs[0]
+        return fields, axes
+    return None
+
+
+def model_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return the name in the model of every checkpoint tensor, by transformers' own conversions."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    parameters = model.state_dict()
+    prefix = model.base_model_prefix
+    return {
+        name: rename_source_key(name, renamings, converters, prefix, parameters)[0]
+        for name in names
+    }
+
+
+def expert_groups(config: PreTrainedConfig) -> int:
+    """Return how many groups of equal size the routers divide the experts into; 1 for none."""
+    text = config.get_text_config()
+    groups = getattr(text, "n_group", None) or 1
+    return groups if groups > 1 and (getattr(text, "topk_group", None) or groups) < groups else 1
 
 
 def _other_shapes(model: PreTrainedModel) -> Mapping[str, torch.Size]:

@@ -71,11 +71,7 @@ def allocate(
 
     def widths(price: float) -> list[list[int]]:
         groups = [[layer] for layer in layers] if pool == "layer" else [list(layers)]
-        return [
-            w
-            for g in groups
-            for w in _spend(g, multiple, keep, activated, price, floor)
-        ]
+        return [w for g in groups for w in _spend(g, multiple, keep, activated, price, floor)]
 
     if keep is None or activated is None:
         return widths(math.inf)
@@ -132,9 +128,7 @@ def _spend(
         costs.append(worth.flatten())
         sizes.append(size.expand_as(worth).flatten())
         owners.append(
-            torch.stack([torch.full(worth.shape, index), _rows(worth)], dim=-1).flatten(
-                0, 1
-            )
+            torch.stack([torch.full(worth.shape, index), _rows(worth)], dim=-1).flatten(0, 1)
         )
     cost, size, owner = torch.cat(costs), torch.cat(sizes), torch.cat(owners)
     order = cost.argsort(stable=True)
@@ -156,10 +150,7 @@ def _spend(
         owner[gone].tolist(), size[gone].tolist(), strict=True
     ):
         removed[layer_index][expert] += neurons
-    return [
-        (layer.costs.shape[1] - r).tolist()
-        for layer, r in zip(layers, removed, strict=True)
-    ]
+    return [(layer.costs.shape[1] - r).tolist() for layer, r in zip(layers, removed, strict=True)]
 
 
 def _blocks(costs: Tensor, multiple: int) -> tuple[Tensor, Tensor]:
@@ -197,10 +188,7 @@ def super_neurons(layers: Mapping[int, Mapping[str, Tensor]]) -> dict[int, Tenso
     Args:
         layers: Statistics by layer.
     """
-    peaks = {
-        layer: sums["peak"].amax(dim=0) * sums["down_norm"]
-        for layer, sums in layers.items()
-    }
+    peaks = {layer: sums["peak"].amax(dim=0) * sums["down_norm"] for layer, sums in layers.items()}
     everything = torch.cat([peak.flatten() for peak in peaks.values()]).sort().values
     quantile = everything[int(0.999 * (len(everything) - 1))]
     bound = max(float(quantile), float(everything[-1]) / 3)

@@ -145,9 +145,7 @@ class _Collector:
         if experts.layer not in self._seen:
             # Only now are the weights surely here: layers may be on several devices or offloaded.
             self._seen.add(experts.layer)
-            layer.update(
-                {name: tensor.to(hidden.device) for name, tensor in layer.items()}
-            )
+            layer.update({name: tensor.to(hidden.device) for name, tensor in layer.items()})
             note_weights(experts, layer)
         attended = self.attended.to(hidden.device)
         routed = route(experts, hidden, top_k_index, top_k_weights, attended)
@@ -250,9 +248,7 @@ def add_experts(
             continue
         activations[mine] = experts.activations(expert, routed.hidden[tokens[mine]])
         torch.mm(activations[mine], experts.down[expert].t(), out=outputs[mine])
-        contribution = (
-            outputs[mine] if down_bias is None else outputs[mine] + down_bias[expert]
-        )
+        contribution = outputs[mine] if down_bias is None else outputs[mine] + down_bias[expert]
         out.index_add_(0, tokens[mine], contribution.float() * gates[mine, None])
     _add_statistics(
         experts,
@@ -305,9 +301,7 @@ def _add_statistics(
         sums["input_energy"][expert] += squares[mine] @ x.square()
         sums["normalized_gate_sum"][expert] += shares[mine].sum()
         if "second_moment" in sums:
-            moments.add_second_moment(
-                sums["second_moment"][expert], activations[mine], gates[mine]
-            )
+            moments.add_second_moment(sums["second_moment"][expert], activations[mine], gates[mine])
 
 
 def column_norms(down: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ choice is said at the option. All in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +16,10 @@ import torch
 from torch import Tensor
 
 from tenp.adapter import Experts
+from tenp.checkpoint import Checkpoint
 from tenp.errors import Unsupported
+from tenp.plan import Plan
+from tenp.refitting import reader_of_layers, require_statistics
 from tenp.statistics import Statistics
 
 

@@ -96,9 +96,7 @@ def empty(experts: Experts, rows: int) -> LayerStatistics:
     """
     size = packed_size(variables(experts))
     return {
-        "second_moment": torch.zeros(
-            rows, experts.num_experts, size, dtype=torch.float64
-        ),
+        "second_moment": torch.zeros(rows, experts.num_experts, size, dtype=torch.float64),
         "down_gram": torch.zeros(experts.num_experts, size, dtype=torch.float64),
     }
 
@@ -109,17 +107,12 @@ def required_bytes(layers: Sequence[Experts], domains: int) -> int:
     8 bytes x (folds x domains + 1) x experts x n (n + 1) / 2, summed over layers.
     """
     return sum(
-        8
-        * (FOLDS * domains + 1)
-        * experts.num_experts
-        * packed_size(variables(experts))
+        8 * (FOLDS * domains + 1) * experts.num_experts * packed_size(variables(experts))
         for experts in layers
     )
 
 
-def check_memory(
-    layers: Sequence[Experts], domains: int, available: int | None = None
-) -> None:
+def check_memory(layers: Sequence[Experts], domains: int, available: int | None = None) -> None:
     """Refuse second moments that will not fit, before the run.
 
     Args:
@@ -165,8 +158,7 @@ def halves(samples: Sequence[Samples]) -> list[Samples]:
                 f"for {domain.domain}"
             )
         apart += [
-            Samples(f"{domain.domain}/{fold}", domain.ids[fold::FOLDS])
-            for fold in range(FOLDS)
+            Samples(f"{domain.domain}/{fold}", domain.ids[fold::FOLDS]) for fold in range(FOLDS)
         ]
     return apart
 
@@ -194,7 +186,5 @@ def join_halves(apart: Statistics) -> Statistics:
             if statistic.merge == "weights" or statistic.per == "fold pair":
                 continue
             pairs = tensor.unflatten(0, (len(domains), FOLDS))
-            layers[layer][name] = (
-                pairs.sum(1) if statistic.merge == "sum" else pairs.amax(1)
-            )
+            layers[layer][name] = pairs.sum(1) if statistic.merge == "sum" else pairs.amax(1)
     return Statistics(apart.source, tuple(domains), layers, apart.settings)

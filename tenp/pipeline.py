@@ -25,11 +25,17 @@ from transformers import (
 from tenp import (
     adapter,
     calibration,
+    dern,
+    dropping,
     evaluation,
     execution,
     planning,
     pruning,
+    reconstruction,
+    refitting,
+    repair,
     scoring,
+    second_pass,
     verification,
 )
 from tenp.checkpoint import Checkpoint
@@ -41,6 +47,8 @@ from tenp.files import require_absent, require_space
 from tenp.plan import Plan
 from tenp.planning import Budget, UnderCovered
 from tenp.reading import Reader
+from tenp.reconstruction import Prediction
+from tenp.refitting import Refitting
 from tenp.samples import Samples, generate_answers, tokenize
 from tenp.source import Source
 from tenp.statistics import Statistics
@@ -67,6 +75,8 @@ class Run:
         device: A torch device, or `auto` to spread the model over what there is.
         self_generate: Tokens that the model answers to every prompt first; 0 takes text as it is.
         execution: In memory or streamed, and what can be resumed.
+        second_moments: Also collect what repair and the method best need.
+        second_pass: Also run the model with gradients, for criteria that need it.
     """
 
     samples: int | None = 128
@@ -77,6 +87,8 @@ class Run:
     device: str = "cpu"
     self_generate: int = 0
     execution: Execution = field(default_factory=Execution)
+    second_moments: bool = False
+    second_pass: bool = False
 
     def torch_dtype(self) -> torch.dtype | str:
         """Return the dtype to load a model in."""
@@ -90,7 +102,10 @@ class Run:
 
 
 def calibrate(
-    checkpoint: Checkpoint, sources: Sequence[str | Path], run: Run, report: Reporter | None = None
+    checkpoint: Checkpoint,
+    sources: Sequence[str | Path],
+    run: Run,
+    report: Reporter | None = None,
 ) -> Statistics:
     """Run the dense model over calibration text and return its statistics."""
     group = Group.from_environment()
@@ -131,6 +146,8 @@ def _calibrate(
         "self_generate": run.self_generate,
     }
     if run.execution.is_streamed(group, checkpoint):
+        if run.second_pass:
+            raise Unsupported("a second pass needs the whole model in memory; use --stream none")
         if run.self_generate:
             raise Unsupported(
                 "self_generate needs the whole model in memory; use --stream none, or calibrate on answers in a file"
@@ -155,6 +172,7 @@ def _calibrate(
             work,
             functools.partial(_streaming_progress, report, checkpoint, samples),
             functools.partial(_announce, report),
+            second_moments=run.second_moments,
         )
     answered = None if run.self_generate else _samples(checkpoint, domains, run)
     if work is not None and answered is not None:
@@ -167,7 +185,11 @@ def _calibrate(
     samples = _answers(checkpoint, model, domains, run) if answered is None else answered
     total = sum(domain.tokens() for domain in samples)
     progress = report("calibrate", total, "tokens") if report else None
-    statistics = calibration.collect(model, samples, source, settings, run.batch_tokens, progress)
+    statistics = calibration.collect(
+        model, samples, source, settings, run.batch_tokens, progress, run.second_moments
+    )
+    if run.second_pass:
+        second_pass.collect(model, samples, statistics, run.batch_tokens, progress)
     execution.keep_statistics(work, statistics)
     return statistics
 
@@ -178,7 +200,10 @@ def _announce(report: Reporter | None, text: str) -> None:
 
 
 def _streaming_progress(
-    report: Reporter | None, checkpoint: Checkpoint, samples: Sequence[Samples], reader: Reader
+    report: Reporter | None,
+    checkpoint: Checkpoint,
+    samples: Sequence[Samples],
+    reader: Reader,
 ) -> Progress | None:
     """Show layer, expert, bytes and their rate; the amount is tokens times layers."""
     if report is None:
@@ -191,7 +216,10 @@ def _streaming_progress(
 
     def progress(label: str, tokens: int) -> None:
         rate = reader.bytes / max(time.monotonic() - begin, 1e-9)
-        advance(f"{label}, {reader.bytes / 1e9:.2f} GB read at {rate / 1e9:.2f} GB/s", tokens)
+        advance(
+            f"{label}, {reader.bytes / 1e9:.2f} GB read at {rate / 1e9:.2f} GB/s",
+            tokens,
+        )
 
     return progress
 
@@ -202,12 +230,74 @@ def plan(
     neuron_criterion: str = "projection",
     domain_weights: Mapping[str, float] | None = None,
     under_covered: UnderCovered = "warn",
+    expert_criterion: str | None = None,
+    refit: bool = False,
+    worst_domain: bool = False,
+    seed: int = 0,
+    checkpoint: Checkpoint | None = None,
+    dern_options: dern.Options | None = None,
 ) -> Plan:
-    """Score the statistics and decide what is kept."""
+    """Score the statistics and decide what is kept.
+
+    Args:
+        statistics: One calibration.
+        budget: What is kept, and the method.
+        neuron_criterion: How neurons are scored.
+        domain_weights: Weight of each domain, 1 if not given.
+        under_covered: What becomes of experts that saw little text.
+        expert_criterion: How experts are scored; None is the method's own.
+        refit: Also refit what is kept. The method `best` has no scores: it goes by what the
+            experts' outputs lose, and always refits.
+        worst_domain: For `best`: make the largest relative error of a domain smallest.
+        seed: For the criterion `random`.
+        checkpoint: The model, for criteria that need weights.
+        dern_options: For the method `dern`.
+    """
+    if budget.method == "best":
+        return reconstruction.plan(statistics, budget, domain_weights, under_covered, worst_domain)
+    if expert_criterion is None:
+        own = {"dern": "normalized-gating-score"}
+        expert_criterion = own.get(budget.method, "direction-change")
+    weights = None if checkpoint is None else refitting.reader_of_layers(checkpoint)
     scores = scoring.score(
-        statistics, neuron_criterion=neuron_criterion, domain_weights=domain_weights
+        statistics, expert_criterion, neuron_criterion, domain_weights, seed, weights
     )
-    return planning.plan(scores, statistics, budget, under_covered)
+    decided = planning.plan(scores, statistics, budget, under_covered)
+    decided = dataclasses.replace(
+        decided,
+        settings={
+            **decided.settings,
+            **_criteria(budget, expert_criterion, neuron_criterion, dern_options),
+        },
+    )
+    return reconstruction.with_repair(decided, statistics, domain_weights) if refit else decided
+
+
+def _criteria(
+    budget: Budget, experts: str, neurons: str, dern_options: dern.Options | None
+) -> dict[str, Any]:
+    """What a plan records of how it was decided."""
+    if budget.method == "dern":
+        return {"experts": experts, "dern": dataclasses.asdict(dern_options or dern.Options())}
+    if budget.method == "drop":
+        return {"experts": experts}
+    return {"experts": experts, "neurons": neurons}
+
+
+def frontier(
+    statistics: Statistics,
+    budgets: Sequence[Budget],
+    domain_weights: Mapping[str, float] | None = None,
+    under_covered: UnderCovered = "warn",
+) -> list[Prediction]:
+    """Predict what the method best gives for many budgets, without touching the model."""
+    repair.require_moments(statistics)
+    weights = repair.moment_weights(statistics, domain_weights)
+    removals = reconstruction.eliminate(statistics, weights, under_covered)
+    return [
+        reconstruction.predict(reconstruction.cut(statistics, removals, budget, under_covered))
+        for budget in budgets
+    ]
 
 
 def apply(
@@ -218,6 +308,7 @@ def apply(
     resume: bool = False,
     run: Run | None = None,
     report: Reporter | None = None,
+    statistics: Statistics | None = None,
 ) -> None:
     """Write the pruned checkpoint; with `verify`, reload it and compare it with the masked dense model.
 
@@ -229,15 +320,21 @@ def apply(
         resume: Keep finished shards when the run is stopped, and go on from those that are there.
         run: Its memory budget, if any, is kept.
         report: Told of progress.
+        statistics: What the plan was made from; needed if it refits weights.
     """
     run = run or Run()
+    if decided.experts is not None:
+        rebuild = dern.rebuilder(checkpoint, decided, statistics)
+        dropping.apply(checkpoint, decided, Path(out), rebuild, verify)
+        return
+    refit = None if decided.repair is None else Refitting(checkpoint, decided, statistics)
     progress = report("write", checkpoint.bytes, "bytes") if report else None
-    check = functools.partial(_check_equivalence, checkpoint, decided) if verify else None
+    check = functools.partial(_check_equivalence, checkpoint, decided, refit) if verify else None
     if verify and run.execution.is_streamed(Group.from_environment(), checkpoint):
         seen = report("verify", checkpoint.bytes, "bytes") if report else None
-        check = functools.partial(verification.verify, checkpoint, decided, None, seen)
+        check = functools.partial(verification.verify, checkpoint, decided, refit, seen)
     memory = run.execution.memory
-    pruning.apply(checkpoint, decided, Path(out), check, resume, memory, progress)
+    pruning.apply(checkpoint, decided, Path(out), check, resume, memory, progress, refit)
 
 
 def evaluate(
@@ -325,6 +422,8 @@ def prune(
         TenpError: Something does not fit; nothing is left in `out`.
     """
     run = run or Run()
+    if budget.method == "best" or plan_options.get("refit"):
+        run = dataclasses.replace(run, second_moments=True)
     # Everything that can be known to be wrong is found before the model is read.
     kept, _ = planning.check_budget(budget)
     run.torch_dtype()
@@ -340,12 +439,21 @@ def prune(
         if out is not None and not Path(out).exists():
             require_space(Path(out), int(kept * source.bytes))  # at least: only experts shrink
         statistics = _calibrate(checkpoint, source, domains, run, report, group, work)
-        decided = plan(statistics, budget, **plan_options)
+        decided = plan(statistics, budget, checkpoint=checkpoint, **plan_options)
         if out is None or group.rank > 0:
             return Pruned(decided, statistics)
         if not _is_finished(work, Path(out), decided):
             _note_output(work, Path(out), decided)
-            apply(checkpoint, decided, out, verify, work is not None, run, report)
+            apply(
+                checkpoint,
+                decided,
+                out,
+                verify,
+                work is not None,
+                run,
+                report,
+                statistics,
+            )
         if not measured_on:
             return Pruned(decided, statistics)
         before = _evaluate(checkpoint, measured_on, run, report=report)
@@ -391,9 +499,14 @@ _EQUIVALENCE_BOUND = 1e-5
 _CHANGED_CHOICES_BOUND = 0.01
 
 
-def _check_equivalence(checkpoint: Checkpoint, decided: Plan, written: Path) -> None:
-    """Compare a written checkpoint with the dense model whose pruned neurons are silenced."""
+def _check_equivalence(
+    checkpoint: Checkpoint, decided: Plan, refit: Refitting | None, written: Path
+) -> None:
+    """Compare a written checkpoint with the dense model, its pruned neurons silenced, others refitted."""
     dense = adapter.load_model(checkpoint.directory, torch.float32)
+    if refit is not None:
+        for experts in adapter.find_experts(dense):
+            refit.fill(experts)
     evaluation.mask_neurons(dense, decided)
     vocabulary = adapter.vocabulary(dense)
     ids = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
@@ -418,7 +531,10 @@ def _samples(checkpoint: Checkpoint, domains: Sequence[TextDomain], run: Run) ->
 
 
 def _answers(
-    checkpoint: Checkpoint, model: PreTrainedModel, domains: Sequence[TextDomain], run: Run
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    domains: Sequence[TextDomain],
+    run: Run,
 ) -> list[Samples]:
     tokenizer, length = _tokenizer(checkpoint), _max_length(model.config, run)
     return [

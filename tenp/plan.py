@@ -156,9 +156,7 @@ class Plan:
         try:
             document = json.loads(Path(path).read_text())
         except (OSError, ValueError) as error:
-            raise PlanError(
-                f"{path} must be a plan, but cannot be read: {error}"
-            ) from error
+            raise PlanError(f"{path} must be a plan, but cannot be read: {error}") from error
         if not isinstance(document, dict) or document.get("format") != "tenp.plan":
             raise PlanError(f"{path} must be a plan written by tenp, got other JSON")
         if document.get("format_version") != FORMAT_VERSION:
@@ -177,17 +175,13 @@ class Plan:
                 _by_layer(document["experts"]) if "experts" in document else None,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(
-                f"{path} must be a whole plan, got a damaged one: {error}"
-            ) from error
+            raise PlanError(f"{path} must be a whole plan, got a damaged one: {error}") from error
 
 
 def _read_repair(entry: dict[str, Any] | None) -> Repair | None:
     if entry is None:
         return None
-    return Repair(
-        _by_layer(entry["ridges"]), entry["weights"], _by_layer(entry["errors"])
-    )
+    return Repair(_by_layer(entry["ridges"]), entry["weights"], _by_layer(entry["errors"]))
 
 
 def _by_layer(entry: dict[str, Any]) -> dict[int, Any]:

@@ -83,14 +83,9 @@ def plan(
     keep, alpha = check_budget(budget)
     if budget.method in ("drop", "dern"):
         return _drop_experts(scores.experts, statistics, budget, keep)
-    counts = {
-        layer: tensors["counts"].sum(dim=0)
-        for layer, tensors in statistics.layers.items()
-    }
+    counts = {layer: tensors["counts"].sum(dim=0) for layer, tensors in statistics.layers.items()}
     whole = _whole_experts(scores.experts, budget, alpha)
-    for layer, expert in (
-        under_covered_experts(statistics) if under_covered != "warn" else []
-    ):
+    for layer, expert in under_covered_experts(statistics) if under_covered != "warn" else []:
         if under_covered == "fail":
             raise PlanError(
                 f"every expert must see {MINIMUM_COVERAGE} calibration tokens, got {int(counts[layer][expert])} "
@@ -110,9 +105,7 @@ def plan(
         keep,
         spread=budget.method == "tenp",
     )
-    masks = {
-        layer: keep_highest(scores.neurons[layer], widths[layer]) for layer in widths
-    }
+    masks = {layer: keep_highest(scores.neurons[layer], widths[layer]) for layer in widths}
     return Plan(
         source=statistics.source,
         statistics=statistics.digest(),
@@ -159,9 +152,7 @@ def settings_of(budget: Budget) -> dict[str, Any]:
     """Return the fields of a budget that its method uses, for the record."""
     fields = asdict(budget)
     if budget.method != "tenp":
-        fields = {
-            name: value for name, value in fields.items() if name not in _TRAPEZOID
-        }
+        fields = {name: value for name, value in fields.items() if name not in _TRAPEZOID}
     if budget.activated is None:
         del fields["activated"]
     return fields
@@ -180,22 +171,16 @@ def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
     if not 0 < keep <= 1:
         raise PlanError(f"keep must be above 0 and at most 1, got {budget.keep}")
     if budget.method not in get_args(Method):
-        raise PlanError(
-            f"method must be one of {', '.join(get_args(Method))}, got {budget.method}"
-        )
+        raise PlanError(f"method must be one of {', '.join(get_args(Method))}, got {budget.method}")
     if budget.activated is not None:
         if budget.method != "best":
             raise PlanError(
                 f"a budget of activated parameters needs method best, got {budget.method}"
             )
         if not 0 < budget.activated <= 1:
-            raise PlanError(
-                f"activated must be above 0 and at most 1, got {budget.activated}"
-            )
+            raise PlanError(f"activated must be above 0 and at most 1, got {budget.activated}")
     if budget.width_multiple is not None and budget.width_multiple < 1:
-        raise PlanError(
-            f"width_multiple must be 1 or more, got {budget.width_multiple}"
-        )
+        raise PlanError(f"width_multiple must be 1 or more, got {budget.width_multiple}")
     shallow, deep = _fraction("shallow", budget.shallow), _fraction("deep", budget.deep)
     if shallow < 0 or deep < 0 or shallow + deep == 0:
         raise PlanError(
@@ -239,27 +224,21 @@ def trapezoid(
     last = max(len(experts) - 1, 1)
     low, high = Fraction(str(shallow)), Fraction(str(deep))
     weights = [
-        count * (low + (high - low) * Fraction(index, last))
-        for index, count in enumerate(experts)
+        count * (low + (high - low) * Fraction(index, last)) for index, count in enumerate(experts)
     ]
     shares = [0] * len(experts)
     remaining = floor(alpha * sum(experts) + Fraction(1, 2))
     # Each round either shares out everything or fills at least one layer, so it ends.
     while remaining:
-        open_layers = [
-            index for index in range(len(experts)) if shares[index] < experts[index]
-        ]
+        open_layers = [index for index in range(len(experts)) if shares[index] < experts[index]]
         total = sum(weights[index] for index in open_layers)
         # Layers of weight 0 get something only when the others are full.
         quota = {
-            index: remaining
-            * (weights[index] / total if total else Fraction(1, len(open_layers)))
+            index: remaining * (weights[index] / total if total else Fraction(1, len(open_layers)))
             for index in open_layers
         }
         given = {index: floor(quota[index]) for index in open_layers}
-        by_remainder = sorted(
-            open_layers, key=lambda index: (given[index] - quota[index], index)
-        )
+        by_remainder = sorted(open_layers, key=lambda index: (given[index] - quota[index], index))
         for index in by_remainder[: remaining - sum(given.values())]:
             given[index] += 1
         for index, count in given.items():
@@ -303,9 +282,7 @@ def allocate_widths(
         PlanError: The whole experts alone exceed the budget.
     """
     total = sum(full_widths[layer] * len(flags) for layer, flags in whole.items())
-    in_whole = sum(
-        full_widths[layer] * int(flags.sum()) for layer, flags in whole.items()
-    )
+    in_whole = sum(full_widths[layer] * int(flags.sum()) for layer, flags in whole.items())
     budget = floor(keep * total)
     if in_whole > budget:
         experts = sum(len(flags) for flags in whole.values())
@@ -387,9 +364,7 @@ def _whole_experts(
 
 def activated_share(keep: Mapping[int, Tensor], counts: Mapping[int, Tensor]) -> float:
     """Return A: the kept neurons summed over tokens and their experts, over the same sum of all neurons."""
-    kept = sum(
-        int((mask.sum(dim=1) * counts[layer]).sum()) for layer, mask in keep.items()
-    )
+    kept = sum(int((mask.sum(dim=1) * counts[layer]).sum()) for layer, mask in keep.items())
     full = sum(int(mask.shape[1] * counts[layer].sum()) for layer, mask in keep.items())
     return kept / full if full else 1.0
 

@@ -74,6 +74,7 @@ def apply(
     resume: bool = False,
     memory: int | None = None,
     progress: Callable[[str, int], None] | None = None,
+    refit: Callable[[ExpertTensor, Tensor], Tensor] | None = None,
 ) -> None:
     """Write the pruned checkpoint.
 
@@ -85,6 +86,7 @@ def apply(
         resume: Keep finished shards when stopped, and go on from those that are there already.
         memory: Bytes that tensors in flight may take.
         progress: Called with (shard, source bytes) after every tensor.
+        refit: Changes the tensors of experts before they are narrowed; `tenp.refitting.Refitting`.
 
     Raises:
         PlanError: The plan is for another checkpoint or does not fit it.
@@ -107,7 +109,11 @@ def apply(
         }
         new_config = {
             **checkpoint.config,
-            "quantization_config": {"quant_method": "tenp", "version": 1, "widths": widths},
+            "quantization_config": {
+                "quant_method": "tenp",
+                "version": 1,
+                "widths": widths,
+            },
         }
 
     def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -116,6 +122,8 @@ def apply(
             return
         part = tensors[name]
         keep = plan.keep[part.layer]
+        if refit is not None:
+            tensor = refit(part, tensor)
         if part.expert is not None:
             yield name, _narrow(tensor, part.part, keep[part.expert])
         elif fields is not None:
@@ -311,7 +319,11 @@ def _with_fields(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[s
         for key, value in config.items()
         if key.endswith("text_config")
     }
-    return {**config, **nested, **{key: value for key, value in fields.items() if key in config}}
+    return {
+        **config,
+        **nested,
+        **{key: value for key, value in fields.items() if key in config},
+    }
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -104,9 +104,7 @@ def plan(
             for name, weight in weights.items()
         }
     assert best is not None
-    return dataclasses.replace(
-        best[1], settings={**best[1].settings, "worst_domain": True}
-    )
+    return dataclasses.replace(best[1], settings={**best[1].settings, "worst_domain": True})
 
 
 def eliminate(
@@ -122,9 +120,7 @@ def eliminate(
         under_covered: As in `plan`.
     """
     protected = allocation.super_neurons(statistics.layers)
-    for layer, expert in (
-        under_covered_experts(statistics) if under_covered != "warn" else []
-    ):
+    for layer, expert in under_covered_experts(statistics) if under_covered != "warn" else []:
         if under_covered == "fail":
             raise PlanError(
                 f"every expert must see {MINIMUM_COVERAGE} calibration tokens, but layer {layer} expert {expert} "
@@ -135,9 +131,7 @@ def eliminate(
     for layer in statistics.layers:
         moments = repair.layer_moments(statistics, layer, weights)
         total, fixed = moments.moment, moments.fixed()
-        guarded = torch.nn.functional.pad(
-            protected[layer], (0, len(fixed) - moments.width)
-        )
+        guarded = torch.nn.functional.pad(protected[layer], (0, len(fixed) - moments.width))
         size = max(_CHUNK_BYTES // (8 * len(fixed) ** 2), 1)
         parts = [
             selection.eliminate(gram, moment, fixed=fixed, protected=guard)
@@ -169,9 +163,7 @@ def widths_for(
         guarded = removals.protected[layer].gather(1, removal.order)
         # Far above every cost, yet small enough to be added up.
         costs = costs.masked_fill(guarded, 1e9 * float(costs.max().clamp(min=1.0)))
-        curves.append(
-            Curves(costs, statistics.layers[layer]["counts"].sum(dim=0).double())
-        )
+        curves.append(Curves(costs, statistics.layers[layer]["counts"].sum(dim=0).double()))
     width = curves[0].costs.shape[1]
     multiple = budget.width_multiple or automatic_width_multiple(width)
     found = allocation.allocate(curves, multiple, float(keep), budget.activated)
@@ -199,9 +191,7 @@ def cut(
             1, order, torch.arange(order.shape[1]).expand_as(order)
         )
         masks[layer] = rank >= order.shape[1] - torch.tensor(widths).unsqueeze(1)
-    counts = {
-        layer: sums["counts"].sum(dim=0) for layer, sums in statistics.layers.items()
-    }
+    counts = {layer: sums["counts"].sum(dim=0) for layer, sums in statistics.layers.items()}
     decided = Plan(
         source=statistics.source,
         statistics=statistics.digest(),
@@ -230,14 +220,10 @@ def with_repair(
             "a plan that drops whole experts cannot be repaired: the routers choose others instead, "
             f"got method {decided.settings['method']}"
         )
-    return _repaired(
-        decided, statistics, repair.moment_weights(statistics, domain_weights)
-    )
+    return _repaired(decided, statistics, repair.moment_weights(statistics, domain_weights))
 
 
-def _repaired(
-    decided: Plan, statistics: Statistics, weights: Mapping[str, float]
-) -> Plan:
+def _repaired(decided: Plan, statistics: Statistics, weights: Mapping[str, float]) -> Plan:
     ridges, errors = {}, {}
     for layer, keep in decided.keep.items():
         moments = repair.layer_moments(statistics, layer, weights)

@@ -19,6 +19,20 @@ from tenp.reading import Reader
 from tenp.statistics import Statistics
 
 
+def require_statistics(plan: Plan, statistics: Statistics | None) -> None:
+    """Check that a plan that computes new weights comes with the statistics it was made from.
+
+    Raises:
+        PlanError: It does not.
+    """
+    if statistics is None or statistics.digest() != plan.statistics:
+        raise PlanError(
+            f"a plan that changes weights must be applied with its statistics, {plan.statistics[:12]}, got "
+            f"{'none' if statistics is None else statistics.digest()[:12]}; "
+            "give the file of tenp calibrate with --statistics"
+        )
+
+
 def read_experts(
     checkpoint: Checkpoint,
     experts: Experts,
@@ -70,20 +84,11 @@ class Refitting:
         PlanError: They are others.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, plan: Plan, statistics: Statistics | None
-    ) -> None:
-        if statistics is None or statistics.digest() != plan.statistics:
-            raise PlanError(
-                f"a plan with repair must be applied with its statistics, {plan.statistics[:12]}, got "
-                f"{'none' if statistics is None else statistics.digest()[:12]}; "
-                "give the file of tenp calibrate with --statistics"
-            )
-        assert plan.repair is not None
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, statistics: Statistics | None) -> None:
+        require_statistics(plan, statistics)
+        assert plan.repair is not None and statistics is not None
         model = adapter.empty_model(adapter.load_config(checkpoint.directory))
-        self._layers = {
-            experts.layer: experts for experts in adapter.find_experts(model)
-        }
+        self._layers = {experts.layer: experts for experts in adapter.find_experts(model)}
         self._tensors = adapter.expert_tensors(model, checkpoint.tensors)
         self._checkpoint, self._plan, self._statistics = checkpoint, plan, statistics
         self._repair = plan.repair
@@ -129,9 +134,7 @@ class Refitting:
             assert bias is not None
             target.copy_(bias)
         else:
-            target[:, self._plan.keep[layer][expert].to(target.device)] = columns.to(
-                target
-            )
+            target[:, self._plan.keep[layer][expert].to(target.device)] = columns.to(target)
 
     def _compute(self, layer: int) -> list[tuple[Tensor, Tensor | None]]:
         empty = self._layers[layer]

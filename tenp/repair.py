@@ -49,9 +49,7 @@ class LayerMoments:
 
     def with_bias(self, keep: Tensor) -> Tensor:
         """Return `[E, n]` for a mask `[E, I]`."""
-        return torch.nn.functional.pad(
-            keep, (0, self.gram.shape[-1] - self.width), value=True
-        )
+        return torch.nn.functional.pad(keep, (0, self.gram.shape[-1] - self.width), value=True)
 
 
 def require_moments(statistics: Statistics) -> None:
@@ -82,14 +80,10 @@ def moment_weights(
         raise InvalidArgument(
             f"repair: domain weights must be for {sorted(names)}, got {sorted(unknown)}"
         )
-    return {
-        d.name: given.get(d.name, 1.0) / max(d.tokens, 1) for d in statistics.domains
-    }
+    return {d.name: given.get(d.name, 1.0) / max(d.tokens, 1) for d in statistics.domains}
 
 
-def layer_moments(
-    statistics: Statistics, layer: int, weights: Mapping[str, float]
-) -> LayerMoments:
+def layer_moments(statistics: Statistics, layer: int, weights: Mapping[str, float]) -> LayerMoments:
     """Unpack a layer's second moments, summed over domains.
 
     Args:
@@ -98,14 +92,10 @@ def layer_moments(
         weights: What each domain's C is multiplied by, by name.
     """
     sums: LayerStatistics = statistics.layers[layer]
-    factor = torch.tensor(
-        [weights[d.name] for d in statistics.domains], dtype=torch.float64
-    )
+    factor = torch.tensor([weights[d.name] for d in statistics.domains], dtype=torch.float64)
     apart = sums["second_moment"].unflatten(0, (len(factor), FOLDS))
     folds = torch.einsum("d,dfep->fep", factor, apart)
-    return LayerMoments(
-        unpack(sums["down_gram"]), unpack(folds), sums["down_norm"].shape[1]
-    )
+    return LayerMoments(unpack(sums["down_gram"]), unpack(folds), sums["down_norm"].shape[1])
 
 
 def refit(moment: Tensor, keep: Tensor, ridge: float) -> Tensor:
@@ -198,9 +188,7 @@ def fit(
         )
         if error < cross:
             best, cross = ridge, error
-    return Fit(
-        best, cross, residual(gram, moment, keep, refit(moment, keep, best)), masked
-    )
+    return Fit(best, cross, residual(gram, moment, keep, refit(moment, keep, best)), masked)
 
 
 def fit_layer(moments: LayerMoments, keep: Tensor) -> list[Fit]:

@@ -62,9 +62,7 @@ def router_weighted_activation(layer: LayerStatistics) -> Tensor:
 
 def residual_change(layer: LayerStatistics) -> Tensor:
     """EASY-EP: sum_t g |y| max(0, 1 - cos(h, h + z)), h the residual stream (arXiv 2504.06792)."""
-    return _optional(
-        layer, "residual_change", "easy-ep", "--second-pass"
-    )
+    return _optional(layer, "residual_change", "easy-ep", "--second-pass")
 
 
 # ---- neuron criteria: [D, E, I] ----
@@ -91,9 +89,7 @@ def heapr(layer: LayerStatistics) -> Tensor:
 
     The paper's w_k^T G w_k with G = mean_t dL/dy dL/dy^T is mean_t <w_k, dL/dy>^2.
     """
-    gradients = _optional(
-        layer, "gradient_energy", "heapr", "--second-pass"
-    )
+    gradients = _optional(layer, "gradient_energy", "heapr", "--second-pass")
     return _per_token(layer, layer["activation_energy"]) * _per_token(layer, gradients)
 
 
@@ -123,9 +119,7 @@ def aimer(layer: LayerStatistics, experts: Experts) -> Tensor:
     gate, up = experts.gate_and_up()
     values = []
     for expert in range(experts.num_experts):
-        parts = [
-            matrix[expert] for matrix in (gate, up, experts.down) if matrix is not None
-        ]
+        parts = [matrix[expert] for matrix in (gate, up, experts.down) if matrix is not None]
         weights = torch.cat([part.double().flatten() for part in parts])
         values.append(-weights.abs().mean() / weights.square().mean().sqrt())
     return torch.stack(values).expand_as(layer["gate_sum"])
@@ -149,9 +143,10 @@ NEURON_CRITERIA: Mapping[str, Criterion] = {
 }
 #: These need the weights of every layer.
 EXPERT_WEIGHTS_CRITERIA: Mapping[str, WeightsCriterion] = {"aimer": aimer}
-NEURON_WEIGHTS_CRITERIA: Mapping[str, WeightsCriterion] = {
-    "wanda": router_weighted_wanda
-}
+NEURON_WEIGHTS_CRITERIA: Mapping[str, WeightsCriterion] = {"wanda": router_weighted_wanda}
+
+#: Criteria whose statistics a second pass collects.
+NEEDS_SECOND_PASS = ("heapr", "easy-ep")
 
 #: EASY-EP divides a domain's scores by their sum instead of their length.
 _SUMS_TO_ONE = ("easy-ep",)
@@ -196,17 +191,13 @@ def score(
         NEURON_WEIGHTS_CRITERIA,
         weights,
     )
-    alphas = weights_of(
-        [domain.name for domain in statistics.domains], domain_weights or {}
-    )
+    alphas = weights_of([domain.name for domain in statistics.domains], domain_weights or {})
     order = 1 if expert_criterion in _SUMS_TO_ONE else 2
     experts, neurons = {}, {}
     generator = torch.Generator().manual_seed(seed)
     for index, layer in statistics.layers.items():
         # Drawn for every layer, so that the experts of a seed do not depend on the neurons' criterion.
-        chances = torch.rand(
-            layer["down_norm"].shape, generator=generator, dtype=torch.float64
-        )
+        chances = torch.rand(layer["down_norm"].shape, generator=generator, dtype=torch.float64)
         experts[index] = (
             torch.rand(len(chances), generator=generator, dtype=torch.float64)
             if expert is None
@@ -274,9 +265,7 @@ def _look_up(
         known = ", ".join([*plain, *weighted, "random"])
         raise InvalidArgument(f"score: {argument} must be one of {known}, got {name}")
     if weights is None:
-        raise InvalidArgument(
-            f"score: {name} needs the model's weights; name the model"
-        )
+        raise InvalidArgument(f"score: {name} needs the model's weights; name the model")
     of_weights, read = weighted[name], weights
     return lambda index, layer: of_weights(layer, read(index))
 

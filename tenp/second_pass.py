@@ -65,9 +65,7 @@ def collect(
     collector = _Collector(find_experts(model), statistics, residual)
     embeddings: Any = model.get_input_embeddings()
     # The first tensor that needs a gradient; everything computed from it then has one.
-    hook = embeddings.register_forward_hook(
-        lambda module, args, out: out.requires_grad_()
-    )
+    hook = embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_())
     try:
         with experts_replaced(model, collector), torch.enable_grad():
             for row, domain in enumerate(samples):
@@ -75,9 +73,7 @@ def collect(
                 for ids, mask in domain.batches(batch_tokens, model.device):
                     collector.attended = mask.flatten().bool()
                     predicted = mask[:, 1:].bool()
-                    logits = model(
-                        input_ids=ids, attention_mask=mask, use_cache=False
-                    ).logits
+                    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
                     targets = ids[:, 1:][predicted]
                     loss = F.cross_entropy(
                         logits[:, :-1][predicted].float(), targets, reduction="sum"
@@ -104,9 +100,7 @@ class _ResidualStream:
             layer = self._layer_of(experts)
             for name, child in model.get_submodule(layer).named_children():
                 if "norm" in name:
-                    self._hooks.append(
-                        child.register_forward_pre_hook(self._keep(layer))
-                    )
+                    self._hooks.append(child.register_forward_pre_hook(self._keep(layer)))
 
     def before(self, experts: Experts, shape: torch.Size) -> Tensor | None:
         """Return h `[T, H]` of the call that is under way, None if it cannot be seen."""
@@ -194,9 +188,7 @@ def _add_residual_change(
     change = (1 - F.cosine_similarity(h, h + z, dim=1)).clamp(min=0)
     for expert, (begin, end) in enumerate(pairwise(routed.offsets.tolist())):
         weight = routed.gates[begin:end].double() * norms[expert]
-        sums["residual_change"][domain, expert] += (
-            weight @ change[routed.tokens[begin:end]]
-        ).cpu()
+        sums["residual_change"][domain, expert] += (weight @ change[routed.tokens[begin:end]]).cpu()
 
 
 def _slots(routed: Routed, top_k_index: Tensor) -> Tensor:
@@ -226,8 +218,6 @@ def _add(
             activations[expert].double().square().sum(0),
             neurons.double().square().sum(0),
         )
-        for name, energy in zip(
-            ("activation_energy", "gradient_energy"), energies, strict=True
-        ):
+        for name, energy in zip(("activation_energy", "gradient_energy"), energies, strict=True):
             sums[name][domain, expert] += energy.to(sums[name].device)
     sums["output_sensitivity"][domain] += gradient.double().square().sum().cpu()

@@ -12,16 +12,19 @@ from tenp import pipeline
 from tenp.checkpoint import Checkpoint
 from tenp.cli import display, options
 from tenp.plan import Plan
+from tenp.statistics import Statistics
 
 
 def command(
     model: options.Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A file of `tenp plan`.")],
     out: options.Out,
+    statistics: options.StatisticsFile = None,
     verify: options.Verify = True,
     json: options.Json = False,
 ) -> None:
     """Write the pruned checkpoint, tensor by tensor."""
     decided = Plan.load(plan)
-    pipeline.apply(Checkpoint.resolve(model), decided, out, verify)
+    loaded = None if statistics is None else Statistics.load(statistics)
+    pipeline.apply(Checkpoint.resolve(model), decided, out, verify, statistics=loaded)
     display.show_plan(decided, json)

@@ -21,6 +21,8 @@ def command(
     dtype: options.DType = "auto",
     device: options.Device = "cpu",
     self_generate: options.SelfGenerate = 0,
+    second_moments: options.SecondMoments = False,
+    second_pass: options.SecondPass = False,
     stream: options.Stream = None,
     memory: options.Memory = None,
     offload: options.Offload = None,
@@ -33,7 +35,16 @@ def command(
     if work_dir is None:
         require_absent(out)
     run = pipeline.Run(
-        samples or None, max_length, batch_tokens, seed, dtype, device, self_generate, execution
+        samples or None,
+        max_length,
+        batch_tokens,
+        seed,
+        dtype,
+        device,
+        self_generate,
+        execution,
+        second_moments,
+        second_pass,
     )
     is_first = Group.from_environment().rank == 0
     with display.progress(quiet or not is_first, json) as report:

@@ -28,6 +28,7 @@ from tenp.evaluation import DomainEvaluation
 from tenp.pipeline import Reporter
 from tenp.plan import Plan
 from tenp.planning import MINIMUM_COVERAGE, under_covered_experts
+from tenp.reconstruction import Prediction
 from tenp.statistics import Statistics
 
 _BAR = 32
@@ -123,11 +124,16 @@ def print_json(content: Any) -> None:
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
     """Return the figures of a plan."""
+    errors = {} if plan.repair is None else {"predicted_errors": plan.repair.errors}
     return {
+        **errors,
         "settings": plan.settings,
         "static_share": plan.static_share(),
         "activated_share": plan.activated_share,
-        "parameters": {"before": plan.source.parameters, "after": plan.total_parameters()},
+        "parameters": {
+            "before": plan.source.parameters,
+            "after": plan.total_parameters(),
+        },
         "bytes": {"before": plan.source.bytes, "after": plan.total_bytes()},
         "widths": {str(layer): widths for layer, widths in plan.widths().items()},
     }
@@ -155,7 +161,12 @@ def print_plan(plan: Plan) -> None:
         bar = "█" * solid + "▒" * shaded + "·" * (_BAR - solid - shaded)
         kept = sum(widths) / (full * len(widths))
         table.add_row(
-            str(layer), str(whole), str(len(narrow)), f"{spread} of {full}", f"{kept:.1%}", bar
+            str(layer),
+            str(whole),
+            str(len(narrow)),
+            f"{spread} of {full}",
+            f"{kept:.1%}",
+            bar,
         )
     console = Console()
     console.print(table)
@@ -166,6 +177,20 @@ def print_plan(plan: Plan) -> None:
         f"{source.bytes / 2**20:,.1f} → {plan.total_bytes() / 2**20:,.1f} MiB",
         highlight=False,
     )
+    if plan.repair is not None:
+        errors = plan.repair.errors.values()
+        figures = (
+            f"{sum(error[name] for error in errors) / len(errors):.4f} {what}"
+            for name, what in (
+                ("repaired", "repaired"),
+                ("masked", "without repair"),
+                ("crossed", "on the half not fitted on"),
+            )
+        )
+        console.print(
+            f"predicted error of the experts' outputs {', '.join(figures)}",
+            highlight=False,
+        )
 
 
 def warn_of_coverage(measured: Statistics) -> None:
@@ -198,7 +223,12 @@ def print_evaluations(
 ) -> None:
     """Show one row a domain and their mean; with `before`, the dense model beside."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("domain", "tokens", *(["perplexity before"] if before else []), "perplexity"):
+    for heading in (
+        "domain",
+        "tokens",
+        *(["perplexity before"] if before else []),
+        "perplexity",
+    ):
         table.add_column(heading, justify="left" if heading == "domain" else "right")
     has_reference = all(evaluation.divergence is not None for evaluation in after)
     if has_reference:
@@ -228,6 +258,42 @@ def print_evaluations(
         ]
         row("mean", sum(evaluation.tokens for evaluation in after), means)
     Console().print(table)
+
+
+def show_frontier(predictions: Sequence[Prediction], as_json: bool) -> None:
+    """Print what budgets would give."""
+    if as_json:
+        print_json([dataclasses.asdict(prediction) for prediction in predictions])
+        return
+    table = Table(box=None, pad_edge=False)
+    for heading in (
+        "keep",
+        "kept",
+        "activated",
+        "parameters",
+        "MiB",
+        "error",
+        "on other half",
+    ):
+        table.add_column(heading, justify="right")
+    for prediction in predictions:
+        table.add_row(
+            f"{prediction.keep:g}",
+            f"{prediction.static_share:.1%}",
+            f"{prediction.activated_share:.1%}",
+            f"{prediction.parameters:,}",
+            f"{prediction.bytes / 2**20:,.1f}",
+            f"{prediction.error:.4f}",
+            f"{prediction.crossed:.4f}",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "error: squared change of the experts' outputs over their squared output, mean over layers; on other "
+        "half: of the samples, when fitted on the first",
+        style="dim",
+        highlight=False,
+    )
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:

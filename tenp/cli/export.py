@@ -16,7 +16,8 @@ def command(
     model: options.Model,
     out: options.Out,
     padded: Annotated[
-        bool, typer.Option("--padded", help="Pad every expert with zeros to the full width.")
+        bool,
+        typer.Option("--padded", help="Pad every expert with zeros to the full width."),
     ] = False,
 ) -> None:
     """Write a stock checkpoint that computes the same as the pruned one, at the dense size."""

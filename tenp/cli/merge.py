@@ -15,7 +15,8 @@ from tenp.statistics import Statistics, merge
 
 def command(
     statistics: Annotated[
-        list[Path], typer.Argument(metavar="STATISTICS...", help="Files of `tenp calibrate`.")
+        list[Path],
+        typer.Argument(metavar="STATISTICS...", help="Files of `tenp calibrate`."),
     ],
     out: options.Out,
     json: options.Json = False,

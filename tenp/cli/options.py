@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from tenp.dern import Options
 from tenp.errors import InvalidArgument
 from tenp.execution import Execution
 from tenp.memory import parse_bytes
@@ -45,6 +46,9 @@ class MethodName(str, Enum):
 
     tenp = "tenp"
     enp = "enp"
+    best = "best"
+    drop = "drop"
+    dern = "dern"
 
 
 class UnderCoveredName(str, Enum):
@@ -60,6 +64,32 @@ class NeuronCriterionName(str, Enum):
 
     projection = "projection"
     l2 = "l2"
+    camera = "camera"
+    wanda = "wanda"
+    heapr = "heapr"
+    random = "random"
+
+
+class ExpertCriterionName(str, Enum):
+    """The values of --experts."""
+
+    direction_change = "direction-change"
+    frequency = "frequency"
+    gating_score = "gating-score"
+    normalized_gating_score = "normalized-gating-score"
+    ean = "ean"
+    weighted_ean = "weighted-ean"
+    reap = "reap"
+    easy_ep = "easy-ep"
+    aimer = "aimer"
+    random = "random"
+
+
+class RepairName(str, Enum):
+    """The values of --repair."""
+
+    none = "none"
+    ls = "ls"
 
 
 class StreamName(str, Enum):
@@ -111,8 +141,34 @@ def parse_weights(pairs: list[str]) -> dict[str, float]:
     return weights
 
 
+def parse_shares(text: str) -> list[float]:
+    """Read `0.9,0.8,0.7`.
+
+    Raises:
+        InvalidArgument: It is something else.
+    """
+    try:
+        return [float(share) for share in text.split(",")]
+    except ValueError:
+        raise InvalidArgument(f"--frontier must be shares like 0.9,0.8,0.7, got {text}") from None
+
+
+def dern(threshold: float, init: str, weighted: bool) -> Options:
+    """Return the settings of DERN.
+
+    Raises:
+        InvalidArgument: One is out of range.
+    """
+    if init not in ("max-gate", "own", "random"):
+        raise InvalidArgument(f"--dern-init must be max-gate, own or random, got {init}")
+    if not -1 <= threshold <= 1:
+        raise InvalidArgument(f"--dern-threshold must be between -1 and 1, got {threshold}")
+    return Options(threshold=threshold, init=init, weighted=weighted)  # type: ignore[arg-type]
+
+
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Checkpoint directory, or a model name on the Hub.")
+    str,
+    typer.Argument(metavar="MODEL", help="Checkpoint directory, or a model name on the Hub."),
 ]
 Calibration = Annotated[
     list[str],
@@ -126,10 +182,14 @@ Out = Annotated[Path, typer.Option(help="Where to write; must not exist.")]
 Keep = Annotated[float, typer.Option(help="Share of the routed experts' parameters to keep, 0..1.")]
 Method = Annotated[
     MethodName,
-    typer.Option(help="tenp: important experts whole, the others narrow. enp: all equally narrow."),
+    typer.Option(
+        help="tenp: important experts whole, the others narrow. enp: all equally narrow. best: neurons go by what "
+        "their loss costs after repair. drop: the least important experts go. dern: they hand on neurons first."
+    ),
 ]
 Alpha = Annotated[
-    float | None, typer.Option(help="Share of experts kept whole.", show_default="keep / 2")
+    float | None,
+    typer.Option(help="Share of experts kept whole.", show_default="keep / 2"),
 ]
 Shallow = Annotated[float, typer.Option(help="Weight of the first MoE layer in the trapezoid.")]
 Deep = Annotated[float, typer.Option(help="Weight of the last MoE layer in the trapezoid.")]
@@ -138,8 +198,51 @@ WidthMultiple = Annotated[
     typer.Option(help="Widths are multiples of this.", show_default="64, less for narrow experts"),
 ]
 Neurons = Annotated[NeuronCriterionName, typer.Option(help="How neurons are scored.")]
+Experts = Annotated[
+    ExpertCriterionName | None,
+    typer.Option(
+        help="How experts are scored.",
+        show_default="direction-change; normalized-gating-score for dern",
+    ),
+]
+Activated = Annotated[
+    float | None,
+    typer.Option(help="For best: share of activated routed parameters to keep at most, 0..1."),
+]
+Repair = Annotated[
+    RepairName,
+    typer.Option(help="ls: refit the down projections of what is kept. best always does."),
+]
+WorstDomain = Annotated[
+    bool,
+    typer.Option("--worst-domain", help="For best: minimise the worst domain's relative error."),
+]
+DernThreshold = Annotated[
+    float, typer.Option(help="For dern: cosine above which a neuron is handed on.")
+]
+DernInit = Annotated[str, typer.Option(help="For dern: max-gate, own or random centres.")]
+DernWeights = Annotated[
+    bool,
+    typer.Option(help="For dern: weight neurons by their expert's router statistic."),
+]
+SecondMoments = Annotated[
+    bool,
+    typer.Option("--second-moments", help="Also collect what --method best and --repair need."),
+]
+SecondPass = Annotated[
+    bool,
+    typer.Option(
+        "--second-pass",
+        help="Also run with gradients, for the criteria heapr and easy-ep.",
+    ),
+]
+StatisticsFile = Annotated[
+    Path | None,
+    typer.Option(help="The statistics of the plan; needed when it repairs or rebuilds weights."),
+]
 DomainWeight = Annotated[
-    list[str], typer.Option(metavar="NAME=NUMBER", help="Weight of a domain, 1 if not given.")
+    list[str],
+    typer.Option(metavar="NAME=NUMBER", help="Weight of a domain, 1 if not given."),
 ]
 UnderCovered = Annotated[
     UnderCoveredName,
@@ -164,7 +267,9 @@ Device = Annotated[str, typer.Option(help="A torch device, or auto to spread the
 SelfGenerate = Annotated[
     int,
     typer.Option(
-        help="Let the model answer every prompt with so many tokens first.", min=0, metavar="N"
+        help="Let the model answer every prompt with so many tokens first.",
+        min=0,
+        metavar="N",
     ),
 ]
 Stream = Annotated[
@@ -196,10 +301,12 @@ WorkDir = Annotated[
     ),
 ]
 Verify = Annotated[
-    bool, typer.Option(help="Reload what was written and compare it with the masked dense model.")
+    bool,
+    typer.Option(help="Reload what was written and compare it with the masked dense model."),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show the plan and its forecast, write nothing.")
+    bool,
+    typer.Option("--dry-run", help="Show the plan and its forecast, write nothing."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress.")]

@@ -11,6 +11,7 @@ from tenp import pipeline
 from tenp.cli import display, options
 from tenp.distributed import Group
 from tenp.planning import Budget
+from tenp.scoring import NEEDS_SECOND_PASS
 
 
 def command(
@@ -28,6 +29,13 @@ def command(
     neurons: options.Neurons = options.NeuronCriterionName.projection,
     domain_weight: options.DomainWeight = [],  # noqa: B006 - typer copies it
     under_covered: options.UnderCovered = options.UnderCoveredName.warn,
+    experts: options.Experts = None,
+    activated: options.Activated = None,
+    repair: options.Repair = options.RepairName.none,
+    worst_domain: options.WorstDomain = False,
+    dern_threshold: options.DernThreshold = 0.6,
+    dern_init: options.DernInit = "max-gate",
+    dern_weights: options.DernWeights = True,
     evaluate: Annotated[
         list[str],
         typer.Option(metavar="FILE...", help="Text to measure the model on, before and after."),
@@ -49,7 +57,10 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Prune a checkpoint: calibrate, plan, write, verify, measure."""
-    budget = Budget(keep, method.value, alpha, shallow, deep, width_multiple)
+    budget = Budget(keep, method.value, alpha, shallow, deep, width_multiple, activated)
+    second_pass = neurons.value in NEEDS_SECOND_PASS or (
+        experts is not None and experts.value in NEEDS_SECOND_PASS
+    )
     run = pipeline.Run(
         samples or None,
         max_length,
@@ -59,6 +70,7 @@ def command(
         device,
         self_generate,
         options.execution(stream, memory, offload, work_dir),
+        second_pass=second_pass,
     )
     is_first = Group.from_environment().rank == 0
     if out is None and not dry_run:
@@ -76,6 +88,11 @@ def command(
             neuron_criterion=neurons.value,
             domain_weights=options.parse_weights(domain_weight),
             under_covered=under_covered.value,
+            expert_criterion=None if experts is None else experts.value,
+            refit=repair is options.RepairName.ls,
+            worst_domain=worst_domain,
+            seed=seed,
+            dern_options=options.dern(dern_threshold, dern_init, dern_weights),
         )
     if not is_first:
         return

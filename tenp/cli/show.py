@@ -17,7 +17,8 @@ from tenp.statistics import Statistics
 
 def command(
     path: Annotated[
-        Path, typer.Argument(metavar="PATH", help="Statistics, a plan, or a pruned checkpoint.")
+        Path,
+        typer.Argument(metavar="PATH", help="Statistics, a plan, or a pruned checkpoint."),
     ],
     json: options.Json = False,
 ) -> None:

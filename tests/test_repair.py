@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repair is least squares, and its error is known before any forward pass."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from support.fixtures import Tiny, of_other_text
+from torch import Tensor
+
+from tenp import adapter, calibration, moments, pipeline, reconstruction, repair
+from tenp.errors import InvalidArgument, PlanError, Unsupported
+from tenp.plan import Plan
+from tenp.planning import Budget
+from tenp.statistics import Statistics, merge
+
+_H, _N, _TOKENS = 12, 20, 90
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _case(tokens: int = _TOKENS) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W `[H, n]`, g m `[T, n]` of correlated neurons, C, and a keep mask of half the neurons."""
+    down = _random(_H, _N)
+    activations = _random(tokens, _N, seed=1) @ _random(_N, _N, seed=2)
+    keep = torch.arange(_N) % 2 == 0
+    return down, activations, activations.T @ activations, keep
+
+
+def test_without_a_ridge_repair_is_least_squares() -> None:
+    down, m, moment, keep = _case()
+    columns = down @ repair.refit(moment, keep, 1e-13)
+    expected = torch.linalg.lstsq(m[:, keep], m @ down.T).solution.T
+    torch.testing.assert_close(columns, expected, rtol=1e-7, atol=1e-7)
+
+
+def test_the_ridge_solution_has_no_gradient() -> None:
+    # |W m - W~ m_S|^2 + r |W~ - W_S|^2 is smallest where its derivative is zero.
+    down, m, moment, keep = _case()
+    ridge = 0.1 * moment[keep][:, keep].diagonal().mean()
+    columns = down @ repair.refit(moment, keep, 0.1)
+    gradient = (columns @ m[:, keep].T - down @ m.T) @ m[:, keep] + ridge * (
+        columns - down[:, keep]
+    )
+    assert gradient.abs().max() < 1e-9 * (down @ moment).abs().max()
+
+
+@pytest.mark.parametrize("ridge", [1e-5, 1e-2, 1.0])
+def test_the_trace_formula_is_the_squared_error(ridge: float) -> None:
+    down, m, moment, keep = _case()
+    transform = repair.refit(moment, keep, ridge)
+    measured = (m @ down.T - m[:, keep] @ (down @ transform).T).square().sum()
+    predicted = repair.residual(down.T @ down, moment, keep, transform)
+    assert predicted == pytest.approx(float(measured), rel=1e-10)
+
+
+def test_the_trace_formula_predicts_tokens_that_were_not_fitted_on() -> None:
+    down, m, moment, keep = _case()
+    transform = repair.refit(moment, keep, 1e-3)
+    others = _random(50, _N, seed=7) @ _random(_N, _N, seed=8)
+    measured = (others @ down.T - others[:, keep] @ (down @ transform).T).square().sum()
+    predicted = repair.residual(down.T @ down, others.T @ others, keep, transform)
+    assert predicted == pytest.approx(float(measured), rel=1e-10)
+
+
+def test_the_residual_of_least_squares_is_the_schur_complement() -> None:
+    down, _, moment, keep = _case()
+    pruned, kept = ~keep, keep
+    cross = moment[pruned][:, kept]
+    schur = moment[pruned][:, pruned] - cross @ torch.linalg.solve(moment[kept][:, kept], cross.T)
+    expected = torch.trace(down[:, pruned] @ schur @ down[:, pruned].T)
+    transform = repair.refit(moment, keep, 1e-13)
+    error = repair.residual(down.T @ down, moment, keep, transform)
+    assert error == pytest.approx(float(expected), rel=1e-7)
+
+
+def test_without_repair_the_error_is_that_of_the_missing_neurons() -> None:
+    down, m, moment, keep = _case()
+    measured = (m[:, ~keep] @ down[:, ~keep].T).square().sum()
+    assert repair.masked_residual(down.T @ down, moment, keep) == pytest.approx(float(measured))
+
+
+def test_fewer_tokens_than_neurons_give_numbers() -> None:
+    down, _, moment, keep = _case(tokens=5)
+    for ridge in repair.RIDGES:
+        assert repair.refit(moment, keep, ridge).isfinite().all()
+    folds = torch.stack([moment, moment])
+    found = repair.fit(down.T @ down, folds.unbind(), keep)
+    assert 0 <= found.error <= found.masked
+
+
+def test_an_expert_without_tokens_keeps_its_columns() -> None:
+    keep = torch.arange(_N) < 5
+    transform = repair.refit(torch.zeros(_N, _N, dtype=torch.float64), keep, 1e-3)
+    assert torch.equal(transform, torch.eye(_N, dtype=torch.float64)[:, keep])
+
+
+def test_noise_chooses_a_larger_ridge() -> None:
+    # The halves share no structure, so a small ridge fits one and fails on the other.
+    down = _random(_H, _N)
+    halves = [_random(_N // 2, _N, seed=s) for s in (1, 2)]
+    keep = torch.arange(_N) % 2 == 0
+    noisy = repair.fit(down.T @ down, [m.T @ m for m in halves], keep)
+    m = _case()[1]
+    clean = repair.fit(down.T @ down, [m[::2].T @ m[::2], m[1::2].T @ m[1::2]], keep)
+    assert noisy.ridge > clean.ridge
+
+
+def test_a_down_bias_takes_the_mean_of_what_is_pruned() -> None:
+    # Neurons that are always 2 can be replaced by the bias exactly.
+    down, bias = _random(_H, 4), _random(_H, seed=3)
+    m = torch.cat([_random(30, 2, seed=4), torch.full((30, 2), 2.0, dtype=torch.float64)], dim=1)
+    gates = torch.rand(30, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    augmented = gates[:, None] * torch.cat([m, torch.ones(30, 1, dtype=torch.float64)], dim=1)
+    keep = torch.tensor([True, True, False, False, True])
+    columns, new_bias = repair.refitted_down(down, bias, augmented.T @ augmented, keep, 1e-12)
+    assert new_bias is not None
+    torch.testing.assert_close(columns, down[:, :2], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(new_bias, bias + 2 * down[:, 2:].sum(1), rtol=1e-6, atol=1e-6)
+
+
+# ---- second moments ----
+
+
+def test_packing_keeps_every_number() -> None:
+    matrices = _random(2, 3, 7, 7)
+    matrices = matrices + matrices.mT
+    packed = moments.pack(matrices)
+    assert packed.shape == (2, 3, moments.packed_size(7))
+    assert torch.equal(moments.unpack(packed), matrices)
+
+
+@pytest.fixture(scope="module")
+def with_moments(tiny: Tiny) -> Statistics:
+    model = adapter.load_model(tiny.directory)
+    return calibration.collect(
+        model, tiny.samples, tiny.source, batch_tokens=100, second_moments=True
+    )
+
+
+def test_the_diagonal_of_the_second_moments_is_the_energy(with_moments: Statistics) -> None:
+    for sums in with_moments.layers.values():
+        total = moments.unpack(sums["second_moment"]).unflatten(0, (2, 2)).sum(dim=1)
+        diagonal = total.diagonal(dim1=-2, dim2=-1)
+        torch.testing.assert_close(diagonal, sums["energy"], rtol=1e-5, atol=1e-12)
+
+
+def test_halves_are_joined_to_the_same_sums(tiny: Tiny, with_moments: Statistics) -> None:
+    assert [d.name for d in with_moments.domains] == [d.name for d in tiny.statistics.domains]
+    assert with_moments.tokens() == tiny.statistics.tokens()
+    for layer, sums in tiny.statistics.layers.items():
+        for name, tensor in sums.items():
+            torch.testing.assert_close(
+                with_moments.layers[layer][name], tensor, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_second_moments_survive_the_file_and_merging(
+    with_moments: Statistics, tmp_path: Path
+) -> None:
+    with_moments.save(tmp_path / "statistics.safetensors")
+    loaded = Statistics.load(tmp_path / "statistics.safetensors")
+    assert loaded.digest() == with_moments.digest()
+    doubled = merge([loaded, of_other_text(loaded)])
+    for layer, sums in loaded.layers.items():
+        assert torch.equal(doubled.layers[layer]["second_moment"], 2 * sums["second_moment"])
+        assert torch.equal(doubled.layers[layer]["down_gram"], sums["down_gram"])
+
+
+def test_what_will_not_fit_is_refused_with_the_number(tiny: Tiny) -> None:
+    layers = adapter.find_experts(adapter.load_model(tiny.directory))
+    needed = moments.required_bytes(layers, 2)
+    size = moments.packed_size(layers[0].width)
+    assert needed == len(layers) * 8 * (2 * 2 + 1) * layers[0].num_experts * size
+    with pytest.raises(Unsupported, match=f"{needed / 2**30:.2f} GiB"):
+        moments.check_memory(layers, 2, available=needed - 1)
+
+
+# ---- whole plans ----
+
+
+@pytest.mark.parametrize("method", ["tenp", "enp", "best"])
+def test_a_repaired_checkpoint_is_verified(
+    tiny: Tiny, with_moments: Statistics, tmp_path: Path, method: str
+) -> None:
+    decided = pipeline.plan(with_moments, Budget(0.5, method), refit=True)
+    assert decided.repair is not None
+    pipeline.apply(tiny.checkpoint, decided, tmp_path / "out", statistics=with_moments)
+    decided.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json").digest() == decided.digest()
+
+
+def test_a_repaired_plan_needs_its_statistics(
+    tiny: Tiny, with_moments: Statistics, tmp_path: Path
+) -> None:
+    decided = pipeline.plan(with_moments, Budget(0.5), refit=True)
+    for other in (None, tiny.statistics):
+        with pytest.raises(PlanError, match="with its statistics"):
+            pipeline.apply(tiny.checkpoint, decided, tmp_path / "out", statistics=other)
+
+
+def test_repair_needs_second_moments(tiny: Tiny) -> None:
+    with pytest.raises(InvalidArgument, match="--second-moments"):
+        pipeline.plan(tiny.statistics, Budget(0.5, "best"))
+
+
+def test_predicted_errors_are_the_measured_ones(tiny: Tiny, with_moments: Statistics) -> None:
+    """Per layer, on the calibration tokens: sum_e sum_t g^2 |y - y~|^2 of the dense inputs."""
+    decided = pipeline.plan(with_moments, Budget(0.5, "best"))
+    assert decided.repair is not None
+    model = adapter.load_model(tiny.directory, torch.float64)
+    model.set_experts_implementation("eager")  # the others know no float64
+    layers = {experts.layer: experts for experts in adapter.find_experts(model)}
+    lost = dict.fromkeys(layers, 0.0)
+    whole = dict.fromkeys(layers, 0.0)
+    new = {}
+    for index, experts in layers.items():
+        known = repair.layer_moments(with_moments, index, decided.repair.weights)
+        new[index] = [
+            repair.refitted_down(
+                down, None, known.moment[e], decided.keep[index][e], decided.repair.ridges[index][e]
+            )[0]
+            for e, down in enumerate(experts.down)
+        ]
+    for domain in tiny.samples:
+        weight = decided.repair.weights[domain.domain]
+        for ids in domain.ids:
+            for experts, hidden, index, gates in _calls(model, layers, ids):
+                keep = decided.keep[experts.layer]
+                for expert in range(experts.num_experts):
+                    token, slot = torch.where(index == expert)
+                    m = experts.activations(expert, hidden[token]) * gates[token, slot, None]
+                    y = m @ experts.down[expert].T
+                    ours = m[:, keep[expert]] @ new[experts.layer][expert].T
+                    lost[experts.layer] += weight * float((y - ours).square().sum())
+                    whole[experts.layer] += weight * float(y.square().sum())
+    for layer, errors in decided.repair.errors.items():
+        assert errors["repaired"] == pytest.approx(lost[layer] / whole[layer], rel=1e-2)
+        assert errors["repaired"] <= errors["masked"]
+
+
+def _calls(model, layers, ids):
+    seen = []
+    hooks = [
+        experts.module.register_forward_pre_hook(
+            lambda module, args, experts=experts: seen.append((experts, *args))
+        )
+        for experts in layers.values()
+    ]
+    with torch.no_grad():
+        model(ids[None])
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_the_worst_domain_gets_better(with_moments: Statistics) -> None:
+    plain = pipeline.plan(with_moments, Budget(0.4, "best"))
+    fair = pipeline.plan(with_moments, Budget(0.4, "best"), worst_domain=True)
+    worst = [max(reconstruction.domain_errors(with_moments, p).values()) for p in (plain, fair)]
+    assert worst[1] <= worst[0]
+
+
+def test_the_frontier_falls_as_more_is_kept(with_moments: Statistics) -> None:
+    budgets = [Budget(keep, "best") for keep in (0.8, 0.5, 0.2)]
+    errors = [prediction.error for prediction in pipeline.frontier(with_moments, budgets)]
+    assert errors == sorted(errors)
+
+
+def test_a_plan_that_drops_experts_is_not_repaired(tiny: Tiny, with_moments: Statistics) -> None:
+    with pytest.raises(PlanError, match="cannot be repaired"):
+        pipeline.plan(with_moments, Budget(0.5, "drop"), refit=True)
+
+
+def test_plans_without_repair_are_the_files_they_were(tiny: Tiny) -> None:
+    assert b"repair" not in dataclasses.replace(tiny.plan, repair=None)._to_bytes()
