@@ -263,6 +263,23 @@ def add_experts(
     )
 
 
+def run_expert(one: Experts, routed: Routed, out: Tensor, expert: int) -> None:
+    """Add the output of one expert for one batch, and measure nothing.
+
+    Args:
+        one: The expert alone, of any width.
+        routed: The rows of all experts of the layer.
+        out: `[T, H]`, float32, added to.
+        expert: Which of the layer's experts it is.
+    """
+    rows = slice(*routed.offsets[expert : expert + 2].tolist())
+    tokens = routed.tokens[rows]
+    outputs = one.activations(0, routed.hidden[tokens]) @ one.down[0].t()
+    if (down_bias := one.biases()[2]) is not None:
+        outputs = outputs + down_bias[0]
+    out.index_add_(0, tokens, outputs.float() * routed.gates[rows, None])
+
+
 def _add_statistics(
     experts: Experts,
     sums: LayerStatistics,

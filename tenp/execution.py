@@ -22,14 +22,16 @@ from tenp import memory
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
 from tenp.errors import InvalidArgument
-from tenp.layerwise import LayerwiseModel
+from tenp.layerwise import LayerwiseModel, expert_reader
 from tenp.memory import Setup
+from tenp.plan import Plan
+from tenp.pruning import PLAN_FILE
 from tenp.reading import Reader
 from tenp.samples import Samples
 from tenp.source import Source
 from tenp.statistics import Statistics
 from tenp.storage import Offload, Storage
-from tenp.streaming import Progress, Stream, collect
+from tenp.streaming import ExpertsReader, Progress, Stream, collect
 from tenp.workdir import WorkDirectory
 
 _STATISTICS_FILE = "statistics.safetensors"
@@ -47,12 +49,15 @@ class Execution:
         offload: Where hidden states stay between layers; None is a file if `memory` asks for it,
             else memory.
         work_dir: Where finished layers are kept, so that the same run can go on after it was stopped.
+        pruned: A checkpoint that was pruned from the model: every layer is then calibrated on what the
+            pruned layers before it put out. None calibrates on the dense model's, as the paper does.
     """
 
     stream: Stream | None = None
     memory: int | None = None
     offload: Offload | None = None
     work_dir: Path | None = None
+    pruned: Path | None = None
 
     def is_streamed(self, group: Group, checkpoint: Checkpoint) -> bool:
         """Whether weights are read layer by layer.
@@ -71,7 +76,14 @@ class Execution:
             raise InvalidArgument(
                 "--stream must be layers or experts for a checkpoint in float8, got none"
             )
-        wants = self.memory is not None or group.size > 1 or checkpoint.block is not None
+        if self.stream == "none" and self.pruned is not None:
+            raise InvalidArgument("--stream must be layers or experts with --pruned, got none")
+        wants = (
+            self.memory is not None
+            or group.size > 1
+            or checkpoint.block is not None
+            or self.pruned is not None
+        )
         return self.stream in ("layers", "experts") or (self.stream is None and wants)
 
     @contextmanager
@@ -170,6 +182,9 @@ def calibrate_streamed(
         found = memory.forecast(model, samples, setup, group.size, second_moments)
     announce(f"forecast: {found}")
     settings = {**settings, "batch_tokens": setup.batch_tokens}
+    experts_of_pruned = None
+    if execution.pruned is not None:
+        experts_of_pruned, settings["pruned"] = _pruned_experts(model, source, execution.pruned)
     if work is not None:
         work.require(identity(source, samples, settings, group))
         if (finished := finished_statistics(work)) is not None:
@@ -188,9 +203,29 @@ def calibrate_streamed(
             work,
             group,
             second_moments,
+            experts_of_pruned,
         )
     finally:
         storage.close()
         reader.close()
     keep_statistics(work, statistics)
     return statistics
+
+
+def _pruned_experts(
+    model: LayerwiseModel, source: Source, directory: Path
+) -> tuple[ExpertsReader, str]:
+    """Return a reader of a pruned checkpoint's experts, and the digest of its plan.
+
+    Raises:
+        PlanError: It was pruned from another model.
+    """
+    pruned = Checkpoint(directory)
+    plan = Plan.load(directory / PLAN_FILE)
+    plan.validate(source)
+    reader = Reader(pruned)
+    tensors = model.pruned_expert_tensors(pruned)
+    return (
+        lambda layer: expert_reader(model.experts[layer], tensors, reader, model.dtype),
+        plan.digest(),
+    )

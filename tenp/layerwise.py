@@ -10,6 +10,7 @@ it, whatever the family, and no weights but those of one layer are needed.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from tenp import adapter
 from tenp.adapter import Experts, ExpertTensor
+from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError, Unsupported
 from tenp.reading import LazyTensor, Reader
 
@@ -241,6 +243,18 @@ class LayerwiseModel:
     def returned(self) -> dict[int, int]:
         """Layer to the number of values that it returns, 0 for no tuple; of the layers run so far."""
         return self._returned
+
+    def pruned_expert_tensors(self, pruned: Checkpoint) -> dict[str, ExpertTensor]:
+        """Return what the tensors of a checkpoint that was pruned from this one are to the experts."""
+        found = adapter.expert_tensors(self.model, pruned.tensors)
+        # Families that store all experts in one tensor: experts of different widths are stored apart.
+        layers = {experts.name: experts.layer for experts in self.experts.values()}
+        for name in pruned.tensors:
+            match = re.fullmatch(r"(.+)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)", name)
+            if match is not None and match[1] in layers and name not in found:
+                part = match[3] + ("_bias" if match[4] == "bias" else "")
+                found[name] = ExpertTensor(match[1], layers[match[1]], int(match[2]), part)
+        return found
 
     def expert_reader(self, layer: int) -> Callable[[int], dict[str, Tensor]]:
         """Return a function that reads the parameters of one expert of a layer; any thread may call it."""

@@ -20,7 +20,16 @@ import torch
 from torch import Tensor, nn
 
 from tenp.adapter import Experts, experts_replaced
-from tenp.calibration import Routed, add_experts, begin, domain_sums, finish, note_weights, route
+from tenp.calibration import (
+    Routed,
+    add_experts,
+    begin,
+    domain_sums,
+    finish,
+    note_weights,
+    route,
+    run_expert,
+)
 from tenp.distributed import Group
 from tenp.errors import CheckpointError
 from tenp.layerwise import LayerwiseModel
@@ -32,6 +41,9 @@ from tenp.workdir import WorkDirectory
 
 Stream = Literal["none", "layers", "experts"]
 T = TypeVar("T")
+
+#: Layer to a function that reads the parameters of one expert.
+ExpertsReader = Callable[[int], Callable[[int], dict[str, Tensor]]]
 
 #: Experts read ahead while one computes; more would not be faster, because reads are sequential.
 READ_AHEAD = 2
@@ -86,6 +98,8 @@ class StreamedCalibration:
         storage: Room for activations.
         progress: Told of every batch or expert.
         group: The processes that share the work; this one alone if not given.
+        pruned: Reads the experts of a pruned checkpoint. With it every layer is measured on what the
+            pruned layers before it put out, dense as it is itself.
     """
 
     def __init__(
@@ -96,7 +110,9 @@ class StreamedCalibration:
         storage: Storage,
         progress: Progress | None = None,
         group: Group | None = None,
+        pruned: ExpertsReader | None = None,
     ) -> None:
+        self._pruned = pruned
         self._group = group or Group()
         stretch = self._group.stretch([batch.tokens for batch in batches])
         batches = batches[stretch.start : stretch.stop]
@@ -154,7 +170,7 @@ class StreamedCalibration:
         is_last = layer == self.last_layer
         if sums is None:
             outputs = self._forward(layer, None)
-        elif self._stream == "experts":
+        elif self._stream == "experts" or self._pruned is not None:
             outputs = self._run_experts_apart(layer, sums, is_last)
         else:
             read = model.expert_reader(layer)
@@ -230,13 +246,12 @@ class StreamedCalibration:
         experts = self._model.experts[layer]
         routed = self._record(layer, experts)
         results = self._storage.allocate([batch.hidden.shape for batch in routed], torch.float32)
-        read = self._model.expert_reader(layer)
+        read = self._pair_reader(layer)
         count = experts.num_experts
         total = sum(batch.tokens for batch in self._batches)
-        for expert, parameters in enumerate(read_ahead(read, count)):
-            one = experts.with_parameters(
-                {name: value.to(self._device) for name, value in parameters.items()}
-            )
+        for expert, (parameters, of_pruned) in enumerate(read_ahead(read, count)):
+            one = self._alone(experts, parameters)
+            successor = None if of_pruned is None else self._alone(experts, of_pruned)
             note_weights(one, sums, first=expert)
             # Views, with the expert's axis after that of domains.
             of_one = {
@@ -248,7 +263,11 @@ class StreamedCalibration:
                 mine = self._sums(of_one, batch)
                 rows = dataclasses.replace(rows, hidden=rows.hidden.to(self._device))
                 out = result.to(self._device)
-                add_experts(one, rows, mine, out, first=expert)
+                if successor is None:
+                    add_experts(one, rows, mine, out, first=expert)
+                else:
+                    add_experts(one, rows, mine, torch.zeros_like(out), first=expert)
+                    run_expert(successor, rows, out, expert)
                 if out is not result:
                     result.copy_(out)
             self._group.add_in_order(of_one, self._take_contributions())
@@ -271,6 +290,19 @@ class StreamedCalibration:
                 outputs = self._room(output.dtype, output.shape[-1])
             outputs[number].copy_(output)
         return outputs
+
+    def _alone(self, experts: Experts, parameters: dict[str, Tensor]) -> Experts:
+        return experts.with_parameters(
+            {name: value.to(self._device) for name, value in parameters.items()}
+        )
+
+    def _pair_reader(
+        self, layer: int
+    ) -> Callable[[int], tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
+        """Read an expert, and what it has become in the pruned checkpoint if there is one."""
+        dense = self._model.expert_reader(layer)
+        pruned = self._pruned(layer) if self._pruned is not None else None
+        return lambda expert: (dense(expert), pruned(expert) if pruned is not None else None)
 
     def _record(self, layer: int, experts: Experts) -> list[Routed]:
         """Run a layer up to its experts on all batches and return what they would get."""
@@ -357,6 +389,7 @@ def collect(
     work: WorkDirectory | None = None,
     group: Group | None = None,
     second_moments: bool = False,
+    pruned: ExpertsReader | None = None,
 ) -> Statistics:
     """Calibrate like `tenp.calibration.collect`, with the weights read layer by layer.
 
@@ -372,6 +405,7 @@ def collect(
         work: Keeps finished layers; those that it has already are not run again.
         group: The processes that share the batches; this one alone if not given.
         second_moments: As in calibration in memory.
+        pruned: As in `StreamedCalibration`.
 
     Returns:
         The same bits as calibration in memory with the same dtype and batches, in every process.
@@ -384,7 +418,13 @@ def collect(
     for tensors in statistics.layers.values():
         tensors.update({name: tensor.to(model.device) for name, tensor in tensors.items()})
     run = StreamedCalibration(
-        model, make_batches(samples, batch_tokens), stream, storage or Storage(), progress, group
+        model,
+        make_batches(samples, batch_tokens),
+        stream,
+        storage or Storage(),
+        progress,
+        group,
+        pruned,
     )
     first = run.resume(work, statistics) if work is not None else 0
     for layer in range(first, run.last_layer + 1):

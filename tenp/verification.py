@@ -8,7 +8,6 @@ model layer by layer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,7 +61,7 @@ def verify(
     source, result = Reader(checkpoint), Reader(Checkpoint(written))
     model = LayerwiseModel(source, torch.float32)
     tensors = adapter.expert_tensors(model.model, checkpoint.tensors)
-    pruned = _written_tensors(model, result.checkpoint)
+    pruned = model.pruned_expert_tensors(result.checkpoint)
     for name, entry in checkpoint.tensors.items():
         if name in tensors:
             continue
@@ -175,19 +174,6 @@ def _record(
     except _Recorded:
         pass
     return recorded[0]
-
-
-def _written_tensors(model: LayerwiseModel, written: Checkpoint) -> dict[str, ExpertTensor]:
-    """What the tensors of a pruned checkpoint are to the experts."""
-    found = adapter.expert_tensors(model.model, written.tensors)
-    # Families that store all experts in one tensor: experts of different widths are stored apart.
-    layers = {experts.name: experts.layer for experts in model.experts.values()}
-    for name in written.tensors:
-        match = re.fullmatch(r"(.+)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)", name)
-        if match is not None and match[1] in layers and name not in found:
-            part = match[3] + ("_bias" if match[4] == "bias" else "")
-            found[name] = ExpertTensor(match[1], layers[match[1]], int(match[2]), part)
-    return found
 
 
 def _equal(ours: Tensor, theirs: Tensor) -> bool:

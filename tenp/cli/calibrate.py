@@ -27,11 +27,12 @@ def command(
     memory: options.Memory = None,
     offload: options.Offload = None,
     work_dir: options.WorkDir = None,
+    pruned: options.Pruned = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Run the dense model over text once and keep the sums that every plan is made from."""
-    execution = options.execution(stream, memory, offload, work_dir)
+    execution = options.execution(stream, memory, offload, work_dir, pruned)
     if work_dir is None:
         require_absent(out)
     run = pipeline.Run(

@@ -113,6 +113,7 @@ def execution(
     memory: str | None,
     offload: OffloadName | None,
     work_dir: Path | None,
+    pruned: Path | None = None,
 ) -> Execution:
     """Return the options that say how a calibration is carried out."""
     return Execution(
@@ -120,6 +121,7 @@ def execution(
         parse_bytes(memory) if memory else None,
         offload.value if offload else None,
         work_dir,
+        pruned,
     )
 
 
@@ -298,6 +300,14 @@ WorkDir = Annotated[
     Path | None,
     typer.Option(
         help="Keep what is finished here, so that the same command goes on after it was stopped."
+    ),
+]
+Pruned = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="A checkpoint pruned from the model: calibrate every layer on what the pruned layers before it put "
+        "out, instead of the dense ones.",
     ),
 ]
 Verify = Annotated[
