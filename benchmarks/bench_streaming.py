@@ -100,6 +100,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--directory", type=Path, help="where there is room; else a temporary one")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.add_argument("--note", help="kept in the result, for example what else the machine did")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     config = dict(SHAPES[options.shapes])
@@ -132,6 +133,7 @@ def run(root: Path, options: argparse.Namespace) -> int:
     samples = [Samples("random", tuple(ids))]
     phases = Phases()
     forecast: list[str] = []
+    commit = _commit()
 
     with phases("calibrate") as phase, how.work(Group()) as work:
 
@@ -187,9 +189,10 @@ def run(root: Path, options: argparse.Namespace) -> int:
         "threads": options.threads,
         "machine": f"{_cpu_model()}, {os.cpu_count()} cores",
         "tenp": tenp.__version__,
-        "commit": _commit(),
+        "commit": commit,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "note": options.note,
     }
     print(f"{'phase':<10} {'seconds':>9} {'GB':>7} {'GB/s':>6} {'peak GiB':>9}")
     for phase in record["phases"]:
