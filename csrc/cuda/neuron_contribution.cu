@@ -79,8 +79,8 @@ __device__ __forceinline__ int expert_of_chunk(
 
 /// partials[chunk] = over the chunk's rows t, for neurons k: sum of m_tk <w_k, y_t> / |y_t|, sum of
 /// |m_tk|, sum of (g m_tk)^2 and the largest |g m_tk|.
-/// Grid: any number of blocks. A block takes every n-th (chunk, 128 neurons) and walks over the rows
-/// in tiles of 64; the inner products of a tile are one block product of depth H.
+/// Grid: any number of blocks. A block takes every n-th (chunk, 128 neurons) and walks over its
+/// rows in tiles of 64; the inner products of a tile are one block product of depth H.
 /// A thread owns 2 neurons and 2 of every 8 rows; the 4 lanes of a neuron are added at the end.
 /// Shared memory: the block product's stages, then 1/|y| and g of a tile's rows.
 /// Holds: norms are those of `outputs`; a row with |y| = 0 adds nothing to the projection.

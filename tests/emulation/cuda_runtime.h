@@ -62,6 +62,10 @@ template <class T>
 T __ldg(const T* pointer) {
     return *pointer;
 }
+template <class T>
+T __ldcg(const T* pointer) {
+    return *pointer;
+}
 using std::max;
 using std::min;
 

@@ -102,6 +102,11 @@ __device__ __forceinline__ uint4 load_streaming(const void* global) {
     return value;
 }
 
+/// Asks for the line at `global` to come to the L2 cache.
+__device__ __forceinline__ void prefetch(const void* global) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // ---- matrices -----------------------------------------------------------------------------------
 
 /// Loads four 8x8 matrices of 16-bit elements (8x4 of 32-bit). Lane 8 i + j names row j of matrix

@@ -2,6 +2,7 @@
 #include "tenp/expert_gemm.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "core/backend.h"
 #include "core/dispatch.h"
@@ -57,7 +58,14 @@ void expert_gemm(const ExpertGemmArgs& args, Stream stream) {
         return;
     }
     dispatch(args.hidden.dtype, Floats{}, [&]<class T>() {
-        run_by_tiles(layer_of<T>(args), args.gated, args.allow_tf32, args.workspace.data, stream);
+        const Layer<T> layer = layer_of<T>(args);
+        if constexpr (!std::is_same_v<T, float>) {
+            if (layer.is_aligned && may_stream(layer)) {
+                run_by_streaming(layer, args.gated, args.workspace.data, stream);
+                return;
+            }
+        }
+        run_by_tiles(layer, args.gated, args.allow_tf32, args.workspace.data, stream);
     });
 }
 
@@ -76,7 +84,13 @@ std::size_t expert_gemm_workspace_bytes(
         layer.hidden_size = static_cast<int>(hidden_size);
         layer.experts = static_cast<int>(num_experts);
         layer.max_width = static_cast<int>(max_width);
-        bytes = tiles_workspace_bytes(layer, tokens);
+        layer.tokens = static_cast<int>(tokens);
+        bytes = tiles_workspace_bytes(layer);
+        if constexpr (!std::is_same_v<T, float>) {
+            if (may_stream(layer)) {
+                bytes = std::max(bytes, streaming_workspace_bytes(layer));
+            }
+        }
     });
     return bytes;
 }

@@ -3,7 +3,7 @@
 
 namespace tenp::cuda {
 
-template std::size_t tiles_workspace_bytes(Layer<float>, std::int64_t);
+template std::size_t tiles_workspace_bytes(Layer<float>);
 template void run_by_tiles(Layer<float>, bool, bool, void*, Stream);
 
 }  // namespace tenp::cuda

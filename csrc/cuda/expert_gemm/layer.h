@@ -70,16 +70,19 @@ void take_layer(Workspace& workspace, Layer<T>& layer, std::int64_t rows) {
     layer.outputs = workspace.take<float>(rows * layer.hidden_size);
 }
 
-/// Bytes of workspace of either path; runs a layer by tiles, or by streaming weights.
+// Two paths: by tiles, for any layer, and by streaming weights, for few tokens of 16-bit elements
+// whose rows start aligned. Bytes of workspace are those of layer.tokens tokens.
+
 template <class T>
-std::size_t tiles_workspace_bytes(Layer<T> layer, std::int64_t tokens);
+std::size_t tiles_workspace_bytes(Layer<T> layer);
 template <class T>
 void run_by_tiles(Layer<T> layer, bool is_gated, bool allow_tf32, void* workspace, Stream stream);
 
-template <class T>
-std::size_t streaming_workspace_bytes(Layer<T> layer, std::int64_t tokens);
+/// Whether there are few enough tokens, slots and experts.
 template <class T>
 bool may_stream(const Layer<T>& layer);
+template <class T>
+std::size_t streaming_workspace_bytes(Layer<T> layer);
 template <class T>
 void run_by_streaming(Layer<T> layer, bool is_gated, void* workspace, Stream stream);
 

@@ -331,9 +331,9 @@ void launch_combine(const Layer<T>& layer, Stream stream) {
 }  // namespace
 
 template <class T>
-std::size_t tiles_workspace_bytes(Layer<T> layer, std::int64_t tokens) {
+std::size_t tiles_workspace_bytes(Layer<T> layer) {
     Workspace workspace;
-    const std::int64_t rows = tokens_at_once(tokens, layer.per_token) * layer.per_token;
+    const std::int64_t rows = tokens_at_once(layer.tokens, layer.per_token) * layer.per_token;
     take_layer(workspace, layer, rows);
     const TileBuffers buffers(workspace, rows, layer.experts, layer.max_width, layer.hidden_size);
     return workspace.bytes();

@@ -65,6 +65,8 @@ inline uint4 load_streaming(const void* global) {
     return value;
 }
 
+inline void prefetch(const void*) {}
+
 // ---- matrices -----------------------------------------------------------------------------------
 
 struct FourRegisters {
