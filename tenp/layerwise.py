@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -157,6 +159,19 @@ class LayerwiseModel:
         for expert in range(parameters["down_proj"].shape[0]):
             for name, value in read(expert).items():
                 parameters[name][expert].copy_(value[0])
+
+    @contextmanager
+    def cached(self, layer: int) -> Iterator[None]:
+        """Meanwhile bring a layer's tensors into the page cache, as far as time and memory allow."""
+        names = [*self.names(layer, experts=False), *self.names(layer, experts=True)]
+        stop = threading.Event()
+        thread = threading.Thread(target=self._reader.touch, args=(names, stop), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
 
     def set_embeddings(self, ids: Tensor) -> None:
         """Load the rows of the input embeddings that some tokens need.

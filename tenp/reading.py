@@ -84,11 +84,11 @@ class Reader:
                 if stop.is_set():
                     return
                 size = min(_CHUNK, entry.stored_bytes - offset)
-                os.preadv(
-                    self._file(entry.shard),
-                    [scratch[:size].numpy().data],
-                    entry.begin + offset,
-                )
+                try:
+                    file = self._file(entry.shard)
+                    os.preadv(file, [scratch[:size].numpy().data], entry.begin + offset)
+                except (OSError, CheckpointError):
+                    return  # whoever needs the tensor will be told
 
     def close(self) -> None:
         """Close the files."""

@@ -173,11 +173,11 @@ class StreamedCalibration:
         elif self._stream == "experts" or self._pruned is not None:
             outputs = self._run_experts_apart(layer, sums, is_last)
         else:
-            read = model.expert_reader(layer)
-            model.load_experts(layer, read)
+            model.load_experts(layer, model.expert_reader(layer))
             experts = model.experts[layer]
             note_weights(experts, sums)
-            outputs = self._forward(layer, self._measuring(experts, sums))
+            with model.cached(layer + 1):
+                outputs = self._forward(layer, self._measuring(experts, sums))
             self._group.add_in_order(sums, self._take_contributions())
         if sums is not None:
             self._group.tell_all(sums)

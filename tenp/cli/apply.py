@@ -21,10 +21,22 @@ def command(
     out: options.Out,
     statistics: options.StatisticsFile = None,
     verify: options.Verify = True,
+    memory: options.Memory = None,
     json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write the pruned checkpoint, tensor by tensor."""
     decided = Plan.load(plan)
     loaded = None if statistics is None else Statistics.load(statistics)
-    pipeline.apply(Checkpoint.resolve(model), decided, out, verify, statistics=loaded)
+    run = pipeline.Run(execution=options.execution(None, memory, None, None))
+    with display.progress(quiet, json) as report:
+        pipeline.apply(
+            Checkpoint.resolve(model),
+            decided,
+            out,
+            verify,
+            run=run,
+            report=report,
+            statistics=loaded,
+        )
     display.show_plan(decided, json)
