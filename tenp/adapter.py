@@ -489,14 +489,15 @@ def config_of_experts(
     """
     before = empty_model(config)
     others, experts = _other_shapes(before), find_experts(before)
-    text = config.get_text_config()
+    # As the file has them: an attribute may be another's alias.
+    text = config.get_text_config().to_dict()
     for field in _COUNT_FIELDS:
-        full = getattr(text, field, None)
+        full = text.get(field)
         if not isinstance(full, int) or any(layer.num_experts != full for layer in experts):
             continue
         fields: dict[str, Any] = {field: count}
         for top_k in _TOP_K_FIELDS:
-            chosen = getattr(text, top_k, None)
+            chosen = text.get(top_k)
             if isinstance(chosen, int) and chosen > count:
                 fields[top_k] = count
         changed = type(config).from_dict(config.to_dict())

@@ -248,6 +248,34 @@ def _shape(statistic: Statistic, domains: int, layer: LayerStatistics) -> tuple[
     return (2 * domains if statistic.per == "fold pair" else domains, *expected)
 
 
+def select(statistics: Statistics, names: Iterable[str]) -> Statistics:
+    """Return the statistics of some domains only, as if the others had never been calibrated on.
+
+    Args:
+        statistics: Of more domains.
+        names: Of those to keep, in the order wanted.
+
+    Raises:
+        InvalidArgument: There is no such domain.
+    """
+    rows = {domain.name: row for row, domain in enumerate(statistics.domains)}
+    names = list(names)
+    if unknown := set(names) - rows.keys():
+        raise InvalidArgument(f"select: domains must be of {list(rows)}, got {sorted(unknown)}")
+    kept = [rows[name] for name in names]
+    folds = [2 * row + fold for row in kept for fold in range(2)]
+    layers = {}
+    for layer, tensors in statistics.layers.items():
+        layers[layer] = {
+            name: tensor
+            if ALL_STATISTICS[name].merge == "weights"
+            else tensor[folds if ALL_STATISTICS[name].per == "fold pair" else kept]
+            for name, tensor in tensors.items()
+        }
+    domains = tuple(statistics.domains[row] for row in kept)
+    return Statistics(statistics.source, domains, layers, statistics.settings)
+
+
 def merge(parts: Iterable[Statistics]) -> Statistics:
     """Add statistics of the same model, for example of several machines.
 

@@ -13,7 +13,7 @@ from tenp import adapter, calibration, moments, pipeline, reconstruction, repair
 from tenp.errors import InvalidArgument, PlanError, Unsupported
 from tenp.plan import Plan
 from tenp.planning import Budget
-from tenp.statistics import Statistics, merge
+from tenp.statistics import Statistics, merge, select
 
 _H, _N, _TOKENS = 12, 20, 90
 
@@ -278,3 +278,14 @@ def test_a_plan_that_drops_experts_is_not_repaired(tiny: Tiny, with_moments: Sta
 
 def test_plans_without_repair_are_the_files_they_were(tiny: Tiny) -> None:
     assert b"repair" not in dataclasses.replace(tiny.plan, repair=None)._to_bytes()
+
+
+def test_domains_can_be_taken_out_afterwards(tiny: Tiny, with_moments: Statistics) -> None:
+    model = adapter.load_model(tiny.directory)
+    alone = calibration.collect(
+        model, tiny.samples[1:], tiny.source, batch_tokens=100, second_moments=True
+    )
+    taken = select(with_moments, ["code"])
+    for layer, sums in alone.layers.items():
+        for name, tensor in sums.items():
+            assert torch.equal(taken.layers[layer][name], tensor), name
