@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tenp.adapter import Experts
-from tenp.ops import expert_gemm
+from tenp.ops.expert_gemm import expert_gemm
 from tenp.ops.expert_layout import neuron_offsets
 
 
