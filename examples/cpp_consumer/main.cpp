@@ -1,71 +1,69 @@
 // SPDX-License-Identifier: Apache-2.0
+// One MoE layer whose two experts have 1 and 2 neurons, from checkpoint layout to its output.
+
 #include <tenp/tenp.h>
 
-#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <vector>
 
-// One MoE layer of three experts, 2, 0 and 1 neurons wide, on two tokens: pack the experts'
-// matrices once, then run the layer.
-
-int main() try {
+int main() {
     using tenp::contiguous_view;
+    constexpr std::int64_t kTokens = 3;    // T
+    constexpr std::int64_t kPerToken = 1;  // k
+    constexpr std::int64_t kHidden = 2;    // H
+    constexpr std::int64_t kExperts = 2;   // E
+    const std::vector<std::int32_t> widths = {1, 2};
 
-    constexpr std::int64_t kHidden = 2;
-    const std::vector<std::int32_t> widths = {2, 0, 1};
-    const auto experts = static_cast<std::int64_t>(widths.size());
+    // Weights as a checkpoint has them: gate and up [W, H], down [H, W].
+    const std::vector<float> up[kExperts] = {{1, 0}, {0, 1, 1, 1}};
+    const std::vector<float> down[kExperts] = {{1, 2}, {1, 0, 0, 3}};
+
     const tenp::ExpertLayout layout(widths);
     const std::int64_t rows = layout.rows();
-
-    // Checkpoints hold gate and up as [W, H] and down as [H, W], one matrix for each expert.
-    const float ones[4] = {1, 1, 1, 1};
-    std::vector<float> gate_up(static_cast<std::size_t>(2 * rows * kHidden));
-    std::vector<float> down(static_cast<std::size_t>(rows * kHidden));
-    for (std::int64_t expert = 0; expert < experts; ++expert) {
+    std::vector<float> packed_up(static_cast<std::size_t>(rows * kHidden));
+    std::vector<float> packed_down(packed_up.size());
+    for (std::int64_t expert = 0; expert < kExperts; ++expert) {
         const std::int64_t width = widths[static_cast<std::size_t>(expert)];
         tenp::pack_expert(
             layout, expert,
             {
-                .gate = contiguous_view(ones, {width, kHidden}),
-                .up = contiguous_view(ones, {width, kHidden}),
-                .down = contiguous_view(ones, {kHidden, width}),
-                .gate_up = contiguous_view(gate_up.data(), {2 * rows, kHidden}),
-                .packed_down = contiguous_view(down.data(), {rows, kHidden}),
+                .up = contiguous_view(up[expert].data(), {width, kHidden}),
+                .down = contiguous_view(down[expert].data(), {kHidden, width}),
+                .gate_up = contiguous_view(packed_up.data(), {rows, kHidden}),
+                .packed_down = contiguous_view(packed_down.data(), {rows, kHidden}),
+                .gated = false,
             }
         );
     }
 
-    constexpr std::int64_t kTokens = 2;
-    constexpr std::int64_t kPerToken = 2;
-    const float hidden[kTokens * kHidden] = {1, 0, 2, 1};
-    const std::int32_t expert_ids[kTokens * kPerToken] = {0, 1, 0, 2};
-    const float gates[kTokens * kPerToken] = {1.0f, 1.0f, 0.5f, 2.0f};
-    float out[kTokens * kHidden];
-    std::vector<char> workspace(
+    const std::vector<float> hidden = {2, 5, -3, 4, 1, 1};
+    const std::vector<std::int32_t> expert_ids = {0, 1, -1};  // the last token goes nowhere
+    const std::vector<float> gates = {1, 0.5, 1};
+    std::vector<float> out(hidden.size());
+    std::vector<std::uint8_t> workspace(
         tenp::expert_gemm_workspace_bytes(
-            kTokens, kPerToken, kHidden, experts, /*max_width=*/2, tenp::DType::kFloat32
+            kTokens, kPerToken, kHidden, kExperts, 2, tenp::DType::kFloat32
         )
     );
     tenp::expert_gemm({
-        .hidden = contiguous_view(hidden, {kTokens, kHidden}),
-        .expert_ids = contiguous_view(expert_ids, {kTokens, kPerToken}),
-        .gates = contiguous_view(gates, {kTokens, kPerToken}),
-        .gate_up = contiguous_view(gate_up.data(), {2 * rows, kHidden}),
-        .down = contiguous_view(down.data(), {rows, kHidden}),
-        .widths = contiguous_view(widths.data(), {experts}),
-        .neuron_offsets = contiguous_view(layout.offsets().data(), {experts + 1}),
+        .hidden = contiguous_view(hidden.data(), {kTokens, kHidden}),
+        .expert_ids = contiguous_view(expert_ids.data(), {kTokens, kPerToken}),
+        .gates = contiguous_view(gates.data(), {kTokens, kPerToken}),
+        .gate_up = contiguous_view(packed_up.data(), {rows, kHidden}),
+        .down = contiguous_view(packed_down.data(), {rows, kHidden}),
+        .widths = contiguous_view(widths.data(), {kExperts}),
+        .neuron_offsets = contiguous_view(layout.offsets().data(), {kExperts + 1}),
         .activation = tenp::Activation::kRelu,
-        .out = contiguous_view(out, {kTokens, kHidden}),
+        .gated = false,
+        .out = contiguous_view(out.data(), {kTokens, kHidden}),
         .workspace =
             contiguous_view(workspace.data(), {static_cast<std::int64_t>(workspace.size())}),
     });
 
-    std::printf("tenp %s on %s: %g and %g\n", tenp::version(), tenp::cpu_isa(), out[0], out[2]);
-    // A neuron gives relu(1) * 1 = 1 for the first token and 3 * 3 = 9 for the second: 1 * 2 * 1
-    // and 0.5 * 2 * 9 + 2 * 1 * 9.
-    return out[0] == 2 && out[2] == 27 ? 0 : 1;
-} catch (const tenp::Error& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 2;
+    std::printf("tenp %s\n", tenp::version());
+    for (std::int64_t token = 0; token < kTokens; ++token) {
+        std::printf("%g %g\n", out[2 * token], out[2 * token + 1]);
+    }
+    return 0;
 }
