@@ -23,7 +23,7 @@ struct ActivationStatsArgs {
     TensorView norm_sum;        ///< [E] float64, added to; sum of |y|
     TensorView gated_norm_sum;  ///< [E] float64, added to; sum of g |y|
     TensorView norm_max;        ///< [E] float64, raised to; largest |y|
-    TensorView workspace;       ///< bytes, activation_stats_workspace_bytes() or more; CUDA alone
+    TensorView workspace = {};  ///< bytes, activation_stats_workspace_bytes() or more; CUDA alone
 };
 
 /// Adds each expert's rows to its counts, gate sums and output norms; |y| is the Euclidean norm.

@@ -23,7 +23,7 @@ struct DirectionChangeArgs {
     TensorView gates;    ///< [S] float32; g
     TensorView offsets;  ///< [E+1] int32, from route()
     TensorView direction_change;  ///< [E] float64, added to; I_e
-    TensorView workspace;         ///< bytes, direction_change_workspace_bytes() or more; CUDA alone
+    TensorView workspace = {};    ///< bytes, direction_change_workspace_bytes() or more; CUDA alone
 };
 
 /// Adds I_e above to `direction_change`.

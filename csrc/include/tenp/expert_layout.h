@@ -41,10 +41,10 @@ class TENP_API ExpertLayout {
 
 /// Arrays of pack_expert(). W width of the expert, H hidden, R packed rows.
 struct PackExpertArgs {
-    TensorView gate;     ///< [W, H], any strides; absent (data == nullptr) when not gated
-    TensorView up;       ///< [W, H] like `gate`, any strides
-    TensorView down;     ///< [H, W] like `gate`, any strides
-    TensorView gate_up;  ///< [2R, H] contiguous, gate rows first; [R, H] when not gated; written
+    TensorView gate = {};  ///< [W, H], any strides; absent (data == nullptr) when not gated
+    TensorView up;         ///< [W, H] like `gate`, any strides
+    TensorView down;       ///< [H, W] like `gate`, any strides
+    TensorView gate_up;    ///< [2R, H] contiguous, gate rows first; [R, H] when not gated; written
     TensorView packed_down;  ///< [R, H] contiguous; written
     bool gated = true;       ///< whether there is a gate projection
 };

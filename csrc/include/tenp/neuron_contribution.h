@@ -22,16 +22,16 @@ namespace tenp {
 /// Arrays of accumulate_neuron_contribution(). S rows ordered by expert, H hidden, I neurons,
 /// E experts.
 struct NeuronContributionArgs {
-    TensorView activations;  ///< [S, I] float32, bfloat16 or float16; m
-    TensorView outputs;      ///< [S, H] like `activations`; y, before the gate and the down bias
-    TensorView down;         ///< [E, H, I] like `activations`; W_d, H or I contiguous
-    TensorView gates;        ///< [S] float32; g
-    TensorView offsets;      ///< [E+1] int32, from route()
-    TensorView projection;   ///< [E, I] float64, added to; see above, signed
-    TensorView magnitude;    ///< [E, I] float64, added to; sum of |m|
-    TensorView energy;       ///< [E, I] float64, added to; sum of (g m)^2
-    TensorView peak;         ///< [E, I] float64, raised to; largest |g m|
-    TensorView workspace;    ///< bytes, neuron_contribution_workspace_bytes() or more; CUDA alone
+    TensorView activations;     ///< [S, I] float32, bfloat16 or float16; m
+    TensorView outputs;         ///< [S, H] like `activations`; y, before the gate and the down bias
+    TensorView down;            ///< [E, H, I] like `activations`; W_d, H or I contiguous
+    TensorView gates;           ///< [S] float32; g
+    TensorView offsets;         ///< [E+1] int32, from route()
+    TensorView projection;      ///< [E, I] float64, added to; see above, signed
+    TensorView magnitude;       ///< [E, I] float64, added to; sum of |m|
+    TensorView energy;          ///< [E, I] float64, added to; sum of (g m)^2
+    TensorView peak;            ///< [E, I] float64, raised to; largest |g m|
+    TensorView workspace = {};  ///< neuron_contribution_workspace_bytes() or more; CUDA alone
 };
 
 /// Adds each expert's rows to its neurons' projection, magnitude, energy and peak.

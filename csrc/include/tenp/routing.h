@@ -21,7 +21,7 @@ struct RoutingArgs {
     TensorView offsets;  ///< [E+1] int32, overwritten; expert e has rows offsets[e]..offsets[e+1]-1
     TensorView slots;    ///< [T*k] int32, overwritten; row -> slot t*k + j, tail -1
     TensorView rows;     ///< [T, k] int32, overwritten; slot -> row, or -1 when it names no expert
-    TensorView workspace;  ///< bytes, route_workspace_bytes() or more; needed on CUDA alone
+    TensorView workspace = {};  ///< bytes, route_workspace_bytes() or more; needed on CUDA alone
 };
 
 /// Sorts the slots of a router's choice by expert.
