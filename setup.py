@@ -28,6 +28,7 @@ class CMakeBuild(build_ext):
     """
 
     def build_extension(self, ext: Extension) -> None:
+        """Put the extension, and in a wheel the C++ package, where setuptools wants it."""
         package = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = ROOT / "build" / "python"
         definitions = {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # Flags for people who work on tenp; a consumer never needs them.
 
-option(TENP_SANITIZE "Build with AddressSanitizer and UndefinedBehaviorSanitizer" OFF)
 option(TENP_WERROR "Treat warnings as errors" OFF)
+set(TENP_SANITIZE "" CACHE STRING "Sanitizers to build with, as in -fsanitize=: address,undefined or thread")
 
 function(tenp_developer_flags target)
     set(_warnings -Wall -Wextra -Wconversion -Wshadow)
@@ -17,7 +17,7 @@ function(tenp_developer_flags target)
             "$<$<COMPILE_LANGUAGE:CXX>:${_warnings}>" "$<$<COMPILE_LANGUAGE:CUDA>:${_cuda_warnings}>"
     )
     if(TENP_SANITIZE)
-        set(_sanitize -fsanitize=address,undefined -fno-sanitize-recover=all)
+        set(_sanitize -fsanitize=${TENP_SANITIZE} -fno-sanitize-recover=all)
         target_compile_options(${target} PUBLIC "$<$<COMPILE_LANGUAGE:CXX>:${_sanitize}>")
         target_link_options(${target} PUBLIC ${_sanitize})
     endif()
