@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -36,6 +37,27 @@ from tenp.errors import CheckpointError, Unsupported
 from tenp.reading import LazyTensor, Reader
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large tensors on the meta device.
+
+    `init_empty_weights` moves every parameter there, but only when it has been made: the experts of
+    one layer may be more than the machine has. Buffers, which are small, must be made in earnest.
+    """
+
+    _FACTORIES = frozenset({torch.empty, torch.zeros, torch.ones, torch.randn, torch.rand})
+    _LARGE = 1 << 20  # elements
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in self._FACTORIES:
+            size = kwargs.get("size", args[0] if len(args) == 1 else args)
+            if torch.Size([size] if isinstance(size, int) else size).numel() >= self._LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 class _Computed(Exception):
@@ -67,7 +89,7 @@ class LayerwiseModel:
         self._reader, self.dtype, self.device = reader, dtype, torch.device(device)
         config = adapter.load_config(reader.checkpoint.directory)
         try:
-            with init_empty_weights(include_buffers=False):
+            with _LargeOnMeta(), init_empty_weights(include_buffers=False):
                 self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
         except ValueError as error:
             raise Unsupported(f"{config.model_type}: {error}") from error
