@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a calibration is carried out: in memory or streamed, within a stated memory, by one process
-or several, with or without a work directory to go on from.
+"""How a calibration is carried out.
+
+In memory or streamed, within a stated memory, by one process or several, with or without a work
+directory to go on from.
 
 None of this changes the statistics, apart from the batch size when a memory budget forces smaller
 batches, which changes rounding.
@@ -186,7 +188,8 @@ def calibrate_streamed(
     if execution.pruned is not None:
         experts_of_pruned, settings["pruned"] = _pruned_experts(model, source, execution.pruned)
     if work is not None:
-        work.require(identity(source, samples, settings, group))
+        measured = {"second_moments": second_moments, "second_pass": False}
+        work.require(identity(source, samples, {**settings, **measured}, group))
         if (finished := finished_statistics(work)) is not None:
             return finished
     storage = Storage(setup.offload, device, work.path if work is not None else None)

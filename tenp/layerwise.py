@@ -112,6 +112,11 @@ class LayerwiseModel:
         return len(self.layers)
 
     @property
+    def checkpoint(self) -> Checkpoint:
+        """Where the weights are read from."""
+        return self._reader.checkpoint
+
+    @property
     def experts_per_token(self) -> int:
         """How many experts the router chooses."""
         config = self.model.config.get_text_config()

@@ -148,7 +148,7 @@ def forecast(
             held += count * one + max(_stored(model, layer, experts=True), default=0)
         weights.append(held)
     between = 0
-    if setup.offload == "ram":
+    if setup.offload != "disk":
         # Input and output of a layer; apart from their experts also what goes into these, in float32.
         between = positions * hidden * (2 * size + (4 if setup.stream == "experts" else 0))
     rest = sum(p.numel() for p in model.model.parameters() if not p.is_meta) * size
@@ -161,10 +161,10 @@ def forecast(
         statistics=_statistics_bytes(model, len(samples), second_moments)
         + _contribution_bytes(model, samples, setup, processes),
         reads=sum(
-            bytes_
+            model.checkpoint.tensors[name].stored_bytes
             for layer in range(last + 1)
             for experts in (False, True)
-            for bytes_ in _stored(model, layer, experts)
+            for name in model.names(layer, experts)
         ),
     )
 
@@ -175,9 +175,10 @@ def _own_parameters(model: LayerwiseModel, layer: int) -> list[torch.Tensor]:
 
 
 def _stored(model: LayerwiseModel, layer: int, experts: bool) -> Iterable[int]:
-    """Bytes of each of a layer's tensors in the checkpoint, or of one expert's part of it."""
+    """Bytes that reading takes for each of a layer's tensors, or for one expert's part of it."""
     for name in model.names(layer, experts):
-        yield model.stored_bytes(name)
+        # Float8 becomes float32 before it becomes bfloat16.
+        yield model.stored_bytes(name) * (3 if model.checkpoint.tensors[name].scales else 1)
 
 
 def _batch_bytes(model: LayerwiseModel, setup: Setup, batch: int, longest: int, widest: int) -> int:

@@ -177,7 +177,8 @@ def _calibrate(
     answered = None if run.self_generate else _samples(checkpoint, domains, run)
     if work is not None and answered is not None:
         settings["dtype"] = run.dtype
-        work.require(execution.identity(source, answered, settings, group))
+        measured = {"second_moments": run.second_moments, "second_pass": run.second_pass}
+        work.require(execution.identity(source, answered, {**settings, **measured}, group))
         if (finished := execution.finished_statistics(work)) is not None:
             return finished
     model = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
