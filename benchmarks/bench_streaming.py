@@ -85,6 +85,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
 }
 _SHARD_BYTES = 4 << 30
+_POOL = 1 << 25  # numbers
 
 
 def main() -> int:
@@ -263,18 +264,18 @@ def make_checkpoint(directory: Path, fields: dict[str, Any]) -> None:
             shards.append({})
             size = 2 * torch.Size(shape).numel()
         shards[-1][name] = (torch.bfloat16, shape)
-    largest = max(torch.Size(shape).numel() for shape in shapes.values())
     generator = torch.Generator().manual_seed(0)
-    spare = 1 << 20  # each tensor takes its numbers from another place of one pool
-    pool = (torch.randn(largest + spare, generator=generator) * 0.02).bfloat16()
+    # Each tensor takes its numbers from another place of one pool, again and again if it is larger.
+    pool = (torch.randn(_POOL, generator=generator) * 0.02).bfloat16()
     weight_map = {}
     for number, layout in enumerate(shards):
         shard = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         writer = ShardWriter(directory / shard, layout)
         for name, (_, shape) in layout.items():
-            begin = int(torch.randint(spare, (), generator=generator))
+            begin = int(torch.randint(_POOL // 2, (), generator=generator))
             count = torch.Size(shape).numel()
-            values = pool[begin : begin + count].view(shape)
+            turns = -(-(begin + count) // _POOL)
+            values = (pool.repeat(turns) if turns > 1 else pool)[begin : begin + count].view(shape)
             writer.write(name, torch.ones_like(values) if "norm" in name else values)
             weight_map[name] = shard
         writer.close()
