@@ -30,8 +30,9 @@ class Options:
     Attributes:
         threshold: A neuron moves when its cosine with the most similar kept neuron is above this.
         with_gate: Whether the gate row counts in the similarity; the paper finds it better left out.
-        init: Cluster centres start from the neurons of the largest max|gate row| (`max-gate`), or
-            from random ones (`random`, an ablation of the paper), or from the host's own (`own`).
+        init: Cluster centres start from the neurons of the largest max|gate row| that are not copies
+            of each other (`max-gate`; the paper does not say what becomes of copies), from random
+            ones (`random`, an ablation of the paper), or from the host's own (`own`).
         weighted: Whether neurons count by their home expert's router statistic; without is an
             ablation of the paper.
         even_norms: Neurons of a cluster are scaled to their mean norm before they are averaged.
@@ -152,8 +153,9 @@ def cluster(
 ) -> Tensor:
     """Weighted spherical k-means: neurons to `count` neurons.
 
-    A neuron belongs to the centre of the largest cosine over the whole triple. A centre is the
-    mass-weighted mean of its neurons, each scaled to the cluster's mean norm (`even_norms`).
+    A neuron belongs to the centre of the largest cosine over the whole triple; one that is like no
+    centre, with a cosine not above the threshold, is dropped rather than averaged in. A centre is
+    the mass-weighted mean of its neurons, each scaled to the cluster's mean norm (`even_norms`).
 
     Args:
         triples: `[n, parts, H]`, float64, n >= count.
@@ -173,29 +175,52 @@ def cluster(
     elif options.init == "own":
         start = torch.arange(count)  # the host's neurons come first
     else:
-        gates = triples[:, 0].abs().amax(dim=1)
-        start = gates.argsort(descending=True, stable=True)[:count]
+        start = _strongest(triples, count, options.threshold)
     centres = unit[start]
     members = torch.full((len(flat),), -1)
     # Weights of 0 for every neuron of an unused home expert would divide by zero.
     mass = mass.clamp(min=1e-12)
     for _ in range(options.iterations):
-        assigned = (unit @ centres.t()).argmax(dim=1)
+        nearness, assigned = (unit @ centres.t()).max(dim=1)
         if torch.equal(assigned, members):
             break
         members = assigned
-        sums = torch.zeros_like(centres).index_add_(0, members, unit * mass[:, None])
+        share = mass * (nearness > options.threshold)
+        sums = torch.zeros_like(centres).index_add_(0, members, unit * share[:, None])
         moved = sums.norm(dim=1) > 0
         centres = torch.where(moved[:, None], torch.nn.functional.normalize(sums, dim=1), centres)
-    total = torch.zeros(count, dtype=torch.float64).index_add_(0, members, mass)
+    share = mass * ((unit * centres[members]).sum(dim=1) > options.threshold)
+    total = torch.zeros(count, dtype=torch.float64).index_add_(0, members, share)
     filled = total > 0
     safe = torch.where(filled, total, 1.0)
-    mean_norm = torch.zeros(count, dtype=torch.float64).index_add_(0, members, mass * norms) / safe
+    mean_norm = torch.zeros(count, dtype=torch.float64).index_add_(0, members, share * norms) / safe
     values = unit * mean_norm[members, None] if options.even_norms else flat
-    means = torch.zeros_like(centres).index_add_(0, members, values * mass[:, None])
+    means = torch.zeros_like(centres).index_add_(0, members, values * share[:, None])
     means = means / safe[:, None]
     result = torch.where(filled[:, None], means, centres * norms[start, None])
     return result.view(count, *triples.shape[1:])
+
+
+def _strongest(triples: Tensor, count: int, threshold: float) -> Tensor:
+    """Return `[count]`: neurons of the largest max|gate row|, none like a stronger one among them.
+
+    A neuron whose up row and down column have a cosine above the threshold with a chosen one's would
+    make two centres of one cluster; such are taken only when there are no others left.
+    """
+    order = triples[:, 0].abs().amax(dim=1).argsort(descending=True, stable=True).tolist()
+    unit = torch.nn.functional.normalize(triples[:, -2:].flatten(1), dim=1)
+    nearest = torch.full((len(unit),), -2.0, dtype=torch.float64)
+    chosen: list[int] = []
+    copies: list[int] = []
+    for neuron in order:
+        if len(chosen) == count:
+            break
+        if nearest[neuron] > threshold:
+            copies.append(neuron)
+            continue
+        chosen.append(neuron)
+        nearest = torch.maximum(nearest, unit @ unit[neuron])
+    return torch.tensor((chosen + copies)[:count])
 
 
 def _triples(experts: Experts) -> Tensor:

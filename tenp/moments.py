@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from math import isqrt
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ def check_memory(layers: Sequence[Experts], domains: int, available: int | None 
 def available_bytes() -> int:
     """Return the memory that is free for new work, in bytes."""
     try:
-        with open("/proc/meminfo") as file:
+        with Path("/proc/meminfo").open() as file:
             for line in file:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024

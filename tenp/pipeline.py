@@ -38,6 +38,7 @@ from tenp import (
     second_pass,
     verification,
 )
+from tenp import report as reporting
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
 from tenp.errors import CheckpointError, InvalidArgument, Unsupported
@@ -336,6 +337,40 @@ def apply(
         check = functools.partial(verification.verify, checkpoint, decided, refit, seen)
     memory = run.execution.memory
     pruning.apply(checkpoint, decided, Path(out), check, resume, memory, progress, refit)
+
+
+def report(
+    directory: str | Path,
+    out: str | Path,
+    statistics: str | Path | None = None,
+    data: Sequence[str | Path] = (),
+    results: Sequence[str | Path] = (),
+    run: Run | None = None,
+) -> Path:
+    """Write the report of a pruned checkpoint, and return its page.
+
+    Args:
+        directory: The pruned checkpoint.
+        out: The report's directory; must not exist.
+        statistics: The file that its plan was made from.
+        data: Text to count the pruned model's choices on.
+        results: Files of `benchmarks/quality.py`.
+        run: How the model is run.
+    """
+    require_absent(Path(out))
+    decided = Plan.load(Path(directory) / pruning.PLAN_FILE)
+    measured = None if statistics is None else Statistics.load(statistics)
+    after = None
+    if data:
+        run = run or Run()
+        checkpoint = Checkpoint(directory)
+        samples = _samples(checkpoint, read_domains(data), run)
+        after = reporting.selection_counts(
+            adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device), samples
+        )
+    rows = [row for path in results for row in reporting.read_results(Path(path))]
+    drawn = reporting.figures(decided, measured, after, rows)
+    return reporting.write(Path(out), decided, drawn, measured)
 
 
 def evaluate(

@@ -78,7 +78,7 @@ def collect(
                     loss = F.cross_entropy(
                         logits[:, :-1][predicted].float(), targets, reduction="sum"
                     )
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     if progress is not None:
                         progress(domain.domain, int(mask.sum()))
     finally:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fixtures import Tiny
-from support.tiny_models import save_model
 from torch import Tensor
 
+from support.fixtures import Tiny
+from support.tiny_models import save_model
 from tenp import adapter, dern, dropping, pipeline, pruning
 from tenp.adapter import Experts
 from tenp.checkpoint import Checkpoint

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fixtures import Tiny, of_other_text
 from torch import Tensor
 
+from support.fixtures import Tiny, of_other_text
 from tenp import adapter, calibration, moments, pipeline, reconstruction, repair
 from tenp.errors import InvalidArgument, PlanError, Unsupported
 from tenp.plan import Plan
@@ -59,7 +59,7 @@ def test_the_trace_formula_is_the_squared_error(ridge: float) -> None:
 
 
 def test_the_trace_formula_predicts_tokens_that_were_not_fitted_on() -> None:
-    down, m, moment, keep = _case()
+    down, _, moment, keep = _case()
     transform = repair.refit(moment, keep, 1e-3)
     others = _random(50, _N, seed=7) @ _random(_N, _N, seed=8)
     measured = (others @ down.T - others[:, keep] @ (down @ transform).T).square().sum()

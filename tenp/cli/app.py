@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import tenp
-from tenp.cli import apply, calibrate, evaluate, export, merge, plan, prune, show
+from tenp.cli import apply, calibrate, evaluate, export, merge, plan, prune, report, show
 from tenp.cli.options import ManyValues
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
-for module in (prune, calibrate, merge, plan, apply, show, evaluate, export):
+for module in (prune, calibrate, merge, plan, apply, show, report, evaluate, export):
     app.command(cls=ManyValues, name=module.__name__.rpartition(".")[2])(module.command)
 
 
