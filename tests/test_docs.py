@@ -48,9 +48,7 @@ def blocks(page: Path, *languages: str) -> Iterator[tuple[int, str]]:
 
 def prose(page: Path) -> str:
     """The page without its fenced blocks."""
-    return re.sub(
-        r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL
-    )
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 def options_of(command: str) -> set[str]:
@@ -117,9 +115,7 @@ def test_commands_shown_exist(page: Path) -> None:
             words = shlex.split(line, comments=True)
             if words[:1] != ["tenp"] or words[1].startswith("-"):
                 continue
-            given = {
-                word.partition("=")[0] for word in words[2:] if word.startswith("--")
-            }
+            given = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
             assert given <= options_of(words[1]), line
 
 
@@ -129,10 +125,7 @@ def test_commands_shown_exist(page: Path) -> None:
 def anchors(page: Path) -> set[str]:
     """The anchors that a page's headings get."""
     headings = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
-    return {
-        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        for heading in headings
-    }
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
