@@ -243,7 +243,7 @@ class Phases:
 
 def anonymous_bytes() -> int:
     """Return `RssAnon` of this process."""
-    with open("/proc/self/status") as file:
+    with Path("/proc/self/status").open() as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
 
 

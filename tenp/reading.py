@@ -172,7 +172,7 @@ class LazyTensor:
 def _state(path: Path) -> tuple[int, int, int]:
     """What changes when somebody replaces or rewrites a file."""
     try:
-        status = os.stat(path)
+        status = path.stat()
     except OSError as error:
         raise CheckpointError(
             f"{path} must stay as it was when the run began, but it cannot be found: {error.strerror}; "

@@ -308,7 +308,7 @@ class StreamedCalibration:
         """Run a layer up to its experts on all batches and return what they would get."""
         recorded: list[Routed] = []
         inputs: list[Tensor] = []
-        for number, batch in enumerate(self._batches):
+        for number in range(len(self._batches)):
 
             def record(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
                 attended = self._batches[number].attended.to(hidden.device)  # noqa: B023
@@ -359,7 +359,7 @@ def read_ahead(read: Callable[[int], T], count: int) -> Iterator[T]:
                 if stopped.is_set():
                     return
                 put(read(number))
-        except Exception as error:  # noqa: BLE001 - raised again in the thread that waits
+        except Exception as error:
             put(error)
 
     thread = threading.Thread(target=work, name="tenp-read-ahead", daemon=True)

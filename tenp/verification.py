@@ -98,9 +98,8 @@ def verify(
                 if part.layer == layer
             )
             progress(f"layer {layer}", read)
-        replaced: Any = lambda module, x, index, weights, out=out: out
         if layer < max(model.experts):
-            with experts_replaced(model.model, replaced):
+            with experts_replaced(model.model, lambda *_, out=out: out):
                 hidden = model.run(layer, ids, mask, hidden)
         model.free(layer)
     source.close()

@@ -73,7 +73,7 @@ class WorkDirectory:
                 raise
             raise CheckpointError(f"{path} cannot be used: {error.strerror}") from error
 
-    def __enter__(self) -> WorkDirectory:  # noqa: PYI034 - Self is Python 3.11
+    def __enter__(self) -> WorkDirectory:
         return self
 
     def __exit__(

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.fixtures import Command
-from support.tiny_models import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
+from support.fixtures import Command
+from support.tiny_models import make_model, make_tokenizer
 from tenp.checkpoint import Checkpoint
 from tenp.reading import Reader, dequantize
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from support.fixtures import Command, Tiny, files_of
 from support.tiny_models import FAMILIES, make_samples, save_model
-
 from tenp import (
     adapter,
     calibration,

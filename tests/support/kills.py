@@ -15,12 +15,19 @@ from pathlib import Path
 from typing import Any
 
 
-def run_and_die(arguments: Sequence[object], moment: int | None) -> tuple[int, int]:
+def run_and_die(
+    arguments: Sequence[object],
+    moment: int | None = None,
+    prepare: Callable[[], None] | None = None,
+    errors: str | Path = os.devnull,
+) -> tuple[int, int]:
     """Run `tenp` in a fork of this process, and kill it before its `moment`-th change of the disk.
 
     Args:
         arguments: Of `tenp`.
         moment: None lets it run to its end.
+        prepare: Called in the child first.
+        errors: File for what it says on stderr.
 
     Returns:
         Exit code (negative: the signal), and how many changes it made.
@@ -29,7 +36,7 @@ def run_and_die(arguments: Sequence[object], moment: int | None) -> tuple[int, i
     child = os.fork()
     if child == 0:
         os.close(read)
-        _child(arguments, moment, write)
+        _child(arguments, moment, write, prepare, errors)
     os.close(write)
     with os.fdopen(read) as pipe:
         counted = pipe.read().count(".")
@@ -37,12 +44,20 @@ def run_and_die(arguments: Sequence[object], moment: int | None) -> tuple[int, i
     return os.waitstatus_to_exitcode(status), counted
 
 
-def _child(arguments: Sequence[object], moment: int | None, pipe: int) -> None:
+def _child(
+    arguments: Sequence[object],
+    moment: int | None,
+    pipe: int,
+    prepare: Callable[[], None] | None,
+    errors: str | Path,
+) -> None:
     code = 1
     try:
-        silent = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(silent, 1)
-        os.dup2(silent, 2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+        sys.stderr = os.fdopen(2, "w", closefd=False)
+        if prepare is not None:
+            prepare()
         sys.argv = ["tenp", *map(str, arguments)]
         seen = 0
 
@@ -72,4 +87,5 @@ def _child(arguments: Sequence[object], moment: int | None, pipe: int) -> None:
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
+        sys.stderr.flush()
         os._exit(code)
