@@ -35,6 +35,8 @@ class Options:
             ones (`random`, an ablation of the paper), or from the host's own (`own`).
         weighted: Whether neurons count by their home expert's router statistic; without is an
             ablation of the paper.
+        agree: Guests must be like one of the host's neurons with the gate row too: without, neurons
+            that fire on other inputs are averaged. The paper does not ask for it.
         even_norms: Neurons of a cluster are scaled to their mean norm before they are averaged.
         iterations: Of k-means, at most.
         seed: For random centres.
@@ -44,6 +46,7 @@ class Options:
     with_gate: bool = False
     init: Literal["max-gate", "own", "random"] = "max-gate"
     weighted: bool = True
+    agree: bool = True
     even_norms: bool = True
     iterations: int = 20
     seed: int = 0
@@ -97,6 +100,8 @@ def rebuild(experts: Experts, stays: list[int], weights: Tensor, options: Option
     parameters: dict[str, list[Tensor]] = {}
     for new, expert in enumerate(stays):
         rows, homes = [triples[expert]], [torch.full((experts.width,), expert)]
+        if options.agree:
+            guests[new] = _agreeing(triples, expert, guests[new], options.threshold)
         for home, neuron in guests[new]:
             rows.append(triples[home, neuron].unsqueeze(0))
             homes.append(torch.tensor([home]))
@@ -199,6 +204,19 @@ def cluster(
     means = means / safe[:, None]
     result = torch.where(filled[:, None], means, centres * norms[start, None])
     return result.view(count, *triples.shape[1:])
+
+
+def _agreeing(
+    triples: Tensor, host: int, guests: list[tuple[int, int]], threshold: float
+) -> list[tuple[int, int]]:
+    """Return the guests whose whole triple has a cosine above the threshold with one of the host's."""
+    own = torch.nn.functional.normalize(triples[host].flatten(1), dim=1)
+    return [
+        (home, neuron)
+        for home, neuron in guests
+        if float((own @ triples[home, neuron].flatten()).max())
+        > threshold * float(triples[home, neuron].norm())
+    ]
 
 
 def _strongest(triples: Tensor, count: int, threshold: float) -> Tensor:
