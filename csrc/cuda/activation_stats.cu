@@ -115,11 +115,9 @@ void row_norms(
         const auto* first = data<const T>(outputs);
         const bool is_aligned = reinterpret_cast<std::uintptr_t>(first) % 16 == 0 &&
                                 stride * static_cast<std::int64_t>(sizeof(T)) % 16 == 0;
-        // 8 blocks of 256 threads are what a multiprocessor holds.
-        launch(
-            row_norms_kernel<T>,
-            {.blocks = persistent_blocks((rows + kWarps - 1) / kWarps, 8), .threads = kThreads},
-            stream, first, stride, outputs.shape[1], is_aligned, offsets, experts, norms
+        launch_persistent(
+            row_norms_kernel<T>, (rows + kWarps - 1) / kWarps, {.threads = kThreads}, stream, first,
+            stride, outputs.shape[1], is_aligned, offsets, experts, norms
         );
     });
 }

@@ -130,10 +130,9 @@ void accumulate_direction_change(const DirectionChangeArgs& args, Stream stream)
             .experts = static_cast<int>(experts),
             .changes = changes,
         };
-        launch(
-            row_changes_kernel<T>,
-            {.blocks = persistent_blocks((rows + kWarps - 1) / kWarps, 8), .threads = kThreads},
-            stream, row_args
+        launch_persistent(
+            row_changes_kernel<T>, (rows + kWarps - 1) / kWarps, {.threads = kThreads}, stream,
+            row_args
         );
     });
     launch(

@@ -30,14 +30,15 @@ inline int device_attribute(cudaDeviceAttr attribute) {
     return value;
 }
 
-/// Blocks of a kernel whose blocks take work until none is left: `per_multiprocessor` on each
-/// multiprocessor, not more than there is work for, at least one. TENP_CUDA_SMS in the environment
-/// takes the place of the number of multiprocessors, to test that results do not depend on it.
-inline std::int64_t persistent_blocks(std::int64_t work, int per_multiprocessor) {
-    const char* given = std::getenv("TENP_CUDA_SMS");
-    const std::int64_t multiprocessors =
-        given != nullptr ? std::atoi(given) : device_attribute(cudaDevAttrMultiProcessorCount);
-    return std::max<std::int64_t>(1, std::min(work, multiprocessors * per_multiprocessor));
+/// Lets `kernel` have more shared memory than the 48 KiB that every kernel may have.
+template <class... Parameters>
+void allow_shared_memory(void (*kernel)(Parameters...), std::size_t bytes) {
+    constexpr std::size_t kSharedWithoutAsking = 48 << 10;
+    if (bytes > kSharedWithoutAsking) {
+        TENP_CUDA_CHECK(cudaFuncSetAttribute(
+            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)
+        ));
+    }
 }
 
 /// Starts `kernel` on `stream`; throws DeviceError when it cannot start.
@@ -48,13 +49,7 @@ void launch(
     cudaStream_t stream,
     Arguments... arguments
 ) {
-    constexpr std::size_t kSharedWithoutAsking = 48 << 10;
-    if (shape.shared_bytes > kSharedWithoutAsking) {
-        TENP_CUDA_CHECK(cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-            static_cast<int>(shape.shared_bytes)
-        ));
-    }
+    allow_shared_memory(kernel, shape.shared_bytes);
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -67,6 +62,29 @@ void launch(
     config.numAttrs =
         shape.overlap_previous && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
     TENP_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
+}
+
+/// The same for a kernel whose blocks take work until none is left: as many blocks as the device
+/// holds at a time, not more than there is work for, at least one. TENP_CUDA_SMS in the environment
+/// takes the place of the number of multiprocessors, to test that results do not depend on it.
+template <class... Parameters, class... Arguments>
+void launch_persistent(
+    void (*kernel)(Parameters...),
+    std::int64_t work,
+    LaunchShape shape,
+    cudaStream_t stream,
+    Arguments... arguments
+) {
+    allow_shared_memory(kernel, shape.shared_bytes);
+    int per_multiprocessor = 0;
+    TENP_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &per_multiprocessor, kernel, shape.threads, shape.shared_bytes
+    ));
+    const char* given = std::getenv("TENP_CUDA_SMS");
+    const std::int64_t multiprocessors =
+        given != nullptr ? std::atoi(given) : device_attribute(cudaDevAttrMultiProcessorCount);
+    shape.blocks = std::max<std::int64_t>(1, std::min(work, multiprocessors * per_multiprocessor));
+    launch(kernel, shape, stream, arguments...);
 }
 
 }  // namespace tenp::cuda

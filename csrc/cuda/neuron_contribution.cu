@@ -85,7 +85,9 @@ __device__ __forceinline__ int expert_of_chunk(
 /// Shared memory: the block product's stages, then 1/|y| and g of a tile's rows.
 /// Holds: norms are those of `outputs`; a row with |y| = 0 adds nothing to the projection.
 template <class T, bool kNeuronsContiguous>
-__global__ void __launch_bounds__(kBlockThreads) contribution_kernel(Contribution<T> args) {
+__global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) contribution_kernel(
+    Contribution<T> args
+) {
     using Product = BlockProduct<T, MathOf<T>, 1, kNeuronsContiguous>;
     auto* shared = shared_memory<unsigned char>();
     auto* inverse_norms = reinterpret_cast<double*>(shared + Product::kSharedBytes);  // [64]
@@ -220,10 +222,9 @@ template <class T, bool kNeuronsContiguous>
 void launch_contribution(const Contribution<T>& args, std::int64_t chunks, Stream stream) {
     using Product = BlockProduct<T, MathOf<T>, 1, kNeuronsContiguous>;
     const std::int64_t blocks = (args.neurons + kGroupNeurons - 1) / kGroupNeurons;
-    launch(
-        contribution_kernel<T, kNeuronsContiguous>,
-        {.blocks = persistent_blocks(chunks * blocks, 2),
-         .threads = kBlockThreads,
+    launch_persistent(
+        contribution_kernel<T, kNeuronsContiguous>, chunks * blocks,
+        {.threads = kBlockThreads,
          .shared_bytes = Product::kSharedBytes + kBlockRows * (sizeof(double) + sizeof(float))},
         stream, args
     );

@@ -21,6 +21,14 @@ inline constexpr int kBlockRows = 64;      // of the right operand
 inline constexpr int kGroupNeurons = 128;  // of the left operand, 16 per warp
 inline constexpr int kTileColumns = kBlockRows / 8;
 
+/// Blocks that share a multiprocessor: shared memory holds two where there are 160 KiB of it or
+/// more, and 65536 registers then hold 128 a thread.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+inline constexpr int kResidentBlocks = 1;
+#else
+inline constexpr int kResidentBlocks = 2;
+#endif
+
 /// What a thread accumulates. With w = warp, g = lane / 4, m = lane % 4, sums[group][n][i] belongs
 /// to neuron 16 w + g + 8 (i / 2) of the group and row 8 n + 2 m + i % 2.
 template <int kGroups>
@@ -198,20 +206,24 @@ class BlockProduct {
                 for (int group = 0; group < kGroups; ++group) {
                     load_left(left[group], stage, group, step);
                 }
-                std::uint32_t right[kTileColumns / 2][4];
 #pragma unroll
-                for (int pair = 0; pair < kTileColumns / 2; ++pair) {
-                    load_right(right[pair], stage + kLeftBytes, pair, step);
-                }
+                for (int half = 0; half < 2; ++half) {  // of the rows: 128 registers hold no more
+                    std::uint32_t right[2][4];
 #pragma unroll
-                for (int pair = 0; pair < kTileColumns / 2; ++pair) {
-                    if (16 * pair < rows) {
+                    for (int i = 0; i < 2; ++i) {
+                        load_right(right[i], stage + kLeftBytes, 2 * half + i, step);
+                    }
 #pragma unroll
-                        for (int group = 0; group < kGroups; ++group) {
-                            auto& c = sums[group];
-                            const auto& r = right[pair];
-                            multiply_add<Math>(c[2 * pair], left[group], r[0], r[1]);
-                            multiply_add<Math>(c[2 * pair + 1], left[group], r[2], r[3]);
+                    for (int i = 0; i < 2; ++i) {
+                        const int pair = 2 * half + i;
+                        if (pair == 0 || 16 * pair < rows) {
+#pragma unroll
+                            for (int group = 0; group < kGroups; ++group) {
+                                auto& c = sums[group];
+                                const auto& r = right[i];
+                                multiply_add<Math>(c[2 * pair], left[group], r[0], r[1]);
+                                multiply_add<Math>(c[2 * pair + 1], left[group], r[2], r[3]);
+                            }
                         }
                     }
                 }
@@ -294,7 +306,7 @@ class BlockProduct {
             }
 #pragma unroll
             for (int n = 0; n < kTileColumns; ++n) {
-                if (8 * n < rows) {
+                if (n == 0 || 8 * n < rows) {
 #pragma unroll
                     for (int column = 0; column < 2; ++column) {
                         const auto* row = right + swizzled(row_of(n, column), chunk);

@@ -88,8 +88,8 @@ constexpr int kUnitColumns = 64;
 // ---- kernels ------------------------------------------------------------------------------------
 
 /// m = act(W_g x + b_g) * (W_u x + b_u), as activations_kernel, for few rows.
-/// Grid: any number of blocks. Units of 16 neurons of an active expert are cut into equal shares,
-/// one a block; its 8 warps split the depth of a unit.
+/// Grid: any number of blocks. Units of 16 neurons and up to 32 rows of an expert are cut into
+/// equal shares, one a block; its 8 warps split the depth of a unit.
 /// A lane reads 16 bytes of rows g and g + 8 of W and of row g of x: depth 8 m to 8 m + 7 of 32.
 /// The order of the depth is free, so these bytes serve two products without an exchange.
 /// Shared memory: the warps' parts of the sums, added in their order; the sorted slots.
@@ -115,7 +115,9 @@ __global__ void __launch_bounds__(kThreads) stream_activations_kernel(
         *buffers.taken = 0;
     }
     routing.build(layer, [&](int expert) {
-        return (layer.width(expert) + kUnitNeurons - 1) / kUnitNeurons;
+        const int rows = routing.offsets[expert + 1] - routing.offsets[expert];
+        return (layer.width(expert) + kUnitNeurons - 1) / kUnitNeurons *
+               ((rows + kPassRows - 1) / kPassRows);
     });
     allow_next_kernel();  // it reads weights before it waits for what this one writes
 
@@ -128,7 +130,12 @@ __global__ void __launch_bounds__(kThreads) stream_activations_kernel(
 
     for (int unit = first_unit; unit < last_unit; ++unit) {
         const int expert = routing.expert_of(unit, layer.experts);
-        const int first_neuron = (unit - routing.units[expert]) * kUnitNeurons;
+        const int expert_rows = routing.offsets[expert + 1] - routing.offsets[expert];
+        const int passes = (expert_rows + kPassRows - 1) / kPassRows;
+        const int first_neuron = (unit - routing.units[expert]) / passes * kUnitNeurons;
+        const int pass = (unit - routing.units[expert]) % passes * kPassRows;
+        const int first_row = routing.offsets[expert] + pass;
+        const int rows = min(kPassRows, expert_rows - pass);
         const int neurons = min(kUnitNeurons, layer.width(expert) - first_neuron);
         const std::int64_t packed_row = std::int64_t{layer.neuron_offsets[expert]} + first_neuron;
         const T* weights[kMatrices][2];  // rows g and g + 8, or nullptr
@@ -142,96 +149,91 @@ __global__ void __launch_bounds__(kThreads) stream_activations_kernel(
                     neuron < neurons ? layer.gate_up + row * layer.hidden_size : nullptr;
             }
         }
-        const int expert_rows = routing.offsets[expert + 1] - routing.offsets[expert];
-        for (int pass = 0; pass < expert_rows; pass += kPassRows) {
-            const int first_row = routing.offsets[expert] + pass;
-            const int rows = min(kPassRows, expert_rows - pass);
-            const T* x[kPassTiles];
+        const T* x[kPassTiles];
 #pragma unroll
-            for (int n = 0; n < kPassTiles; ++n) {
-                const int row = 8 * n + g;
-                x[n] = row < rows ? layer.hidden + routing.slots[first_row + row] /
-                                                       layer.per_token * layer.hidden_stride
-                                  : nullptr;
-            }
-            float sums[kMatrices][kPassTiles][4] = {};
+        for (int n = 0; n < kPassTiles; ++n) {
+            const int row = 8 * n + g;
+            x[n] = row < rows ? layer.hidden + routing.slots[first_row + row] / layer.per_token *
+                                                   layer.hidden_stride
+                              : nullptr;
+        }
+        float sums[kMatrices][kPassTiles][4] = {};
 #pragma unroll 2
-            for (int depth = first_depth; depth < last_depth; depth += 32) {
-                const int k = depth + 8 * m;
-                const bool is_inside = k < layer.hidden_size;
-                uint4 w[kMatrices][2];
-#pragma unroll
-                for (int matrix = 0; matrix < kMatrices; ++matrix) {
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        const T* row = weights[matrix][half];
-                        w[matrix][half] = row != nullptr && is_inside ? load_streaming(row + k)
-                                                                      : make_uint4(0, 0, 0, 0);
-                    }
-                }
-#pragma unroll
-                for (int n = 0; n < kPassTiles; ++n) {
-                    if (8 * n < rows) {
-                        const uint4 values = x[n] != nullptr && is_inside
-                                                 ? *reinterpret_cast<const uint4*>(x[n] + k)
-                                                 : make_uint4(0, 0, 0, 0);
-#pragma unroll
-                        for (int matrix = 0; matrix < kMatrices; ++matrix) {
-                            const uint4& low = w[matrix][0];
-                            const uint4& high = w[matrix][1];
-                            auto& c = sums[matrix][n];
-                            multiply_add<T>(c, {low.x, high.x, low.y, high.y}, values.x, values.y);
-                            multiply_add<T>(c, {low.z, high.z, low.w, high.w}, values.z, values.w);
-                        }
-                    }
-                }
-            }
+        for (int depth = first_depth; depth < last_depth; depth += 32) {
+            const int k = depth + 8 * m;
+            const bool is_inside = k < layer.hidden_size;
+            uint4 w[kMatrices][2];
 #pragma unroll
             for (int matrix = 0; matrix < kMatrices; ++matrix) {
 #pragma unroll
-                for (int n = 0; n < kPassTiles; ++n) {
-                    if (8 * n < rows) {
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            partials[warp][matrix][8 * n + 2 * m + i % 2][g + i / 2 * 8] =
-                                sums[matrix][n][i];
-                        }
-                    }
+                for (int half = 0; half < 2; ++half) {
+                    const T* row = weights[matrix][half];
+                    w[matrix][half] = row != nullptr && is_inside ? load_streaming(row + k)
+                                                                  : make_uint4(0, 0, 0, 0);
                 }
             }
-            __syncthreads();
-            for (int i = thread; i < rows * kUnitNeurons; i += kThreads) {
-                const int row = i / kUnitNeurons;
-                const int neuron = i % kUnitNeurons;
-                if (neuron < neurons) {
-                    float total[kMatrices] = {};
+#pragma unroll
+            for (int n = 0; n < kPassTiles; ++n) {
+                if (n == 0 || 8 * n < rows) {
+                    const uint4 values = x[n] != nullptr && is_inside
+                                             ? *reinterpret_cast<const uint4*>(x[n] + k)
+                                             : make_uint4(0, 0, 0, 0);
 #pragma unroll
                     for (int matrix = 0; matrix < kMatrices; ++matrix) {
-#pragma unroll
-                        for (int w = 0; w < kWarps; ++w) {
-                            total[matrix] += partials[w][matrix][row][neuron];
-                        }
-                        if (layer.gate_up_bias != nullptr) {
-                            total[matrix] += widen(
-                                layer.gate_up_bias[packed_row + neuron + matrix * layer.packed_rows]
-                            );
-                        }
+                        const uint4& low = w[matrix][0];
+                        const uint4& high = w[matrix][1];
+                        auto& c = sums[matrix][n];
+                        multiply_add<T>(c, {low.x, high.x, low.y, high.y}, values.x, values.y);
+                        multiply_add<T>(c, {low.z, high.z, low.w, high.w}, values.z, values.w);
                     }
-                    float value;
-                    if constexpr (kGated) {
-                        value = activate_gated(
-                            layer.activation, layer.limit, layer.alpha, total[0], total[1]
-                        );
-                    } else {
-                        value = activate(layer.activation, total[0]);
-                    }
-                    layer.activations
-                        [(first_row + row) * layer.activations_stride + first_neuron + neuron] =
-                        narrow<T>(value);
                 }
             }
-            __syncthreads();
         }
+#pragma unroll
+        for (int matrix = 0; matrix < kMatrices; ++matrix) {
+#pragma unroll
+            for (int n = 0; n < kPassTiles; ++n) {
+                if (8 * n < rows) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        partials[warp][matrix][8 * n + 2 * m + i % 2][g + i / 2 * 8] =
+                            sums[matrix][n][i];
+                    }
+                }
+            }
+        }
+        __syncthreads();
+        for (int i = thread; i < rows * kUnitNeurons; i += kThreads) {
+            const int row = i / kUnitNeurons;
+            const int neuron = i % kUnitNeurons;
+            if (neuron < neurons) {
+                float total[kMatrices] = {};
+#pragma unroll
+                for (int matrix = 0; matrix < kMatrices; ++matrix) {
+#pragma unroll
+                    for (int w = 0; w < kWarps; ++w) {
+                        total[matrix] += partials[w][matrix][row][neuron];
+                    }
+                    if (layer.gate_up_bias != nullptr) {
+                        total[matrix] += widen(
+                            layer.gate_up_bias[packed_row + neuron + matrix * layer.packed_rows]
+                        );
+                    }
+                }
+                float value;
+                if constexpr (kGated) {
+                    value = activate_gated(
+                        layer.activation, layer.limit, layer.alpha, total[0], total[1]
+                    );
+                } else {
+                    value = activate(layer.activation, total[0]);
+                }
+                layer.activations
+                    [(first_row + row) * layer.activations_stride + first_neuron + neuron] =
+                    narrow<T>(value);
+            }
+        }
+        __syncthreads();
     }
 }
 
@@ -268,12 +270,12 @@ __device__ __forceinline__ void add_neurons(
         }
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
-            if (row < rows) {
-                const float m = widen(activations[row * activations_stride + neuron]);
+            // Rows that do not exist repeat the last one; their sums are dropped.
+            const int existing = min(row, rows - 1);
+            const float m = widen(activations[existing * activations_stride + neuron]);
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    sums[row][i] += m * w[i];
-                }
+            for (int i = 0; i < 8; ++i) {
+                sums[row][i] += m * w[i];
             }
         }
     }
@@ -449,23 +451,20 @@ void launch_streams(const Layer<T>& layer, const StreamBuffers& buffers, Stream 
     const int slots = layer.tokens * layer.per_token;
     const std::size_t routing_bytes = SmallRouting::bytes(layer.experts, slots);
     const std::int64_t active = std::min<std::int64_t>(layer.experts, slots);
+    // Rows beyond an expert's first pass add at most slots / kPassRows passes in all.
     const std::int64_t neuron_units =
-        active * ((layer.max_width + kUnitNeurons - 1) / kUnitNeurons);
+        (active + slots / kPassRows) * ((layer.max_width + kUnitNeurons - 1) / kUnitNeurons);
     const std::int64_t column_units =
         active * ((layer.hidden_size + kUnitColumns - 1) / kUnitColumns);
     constexpr std::size_t kPartials =
         sizeof(float) * kWarps * (kGated ? 2 : 1) * kPassRows * kUnitNeurons;
-    launch(
-        stream_activations_kernel<T, kGated>,
-        {.blocks = persistent_blocks(neuron_units, 2),
-         .threads = kThreads,
-         .shared_bytes = kPartials + routing_bytes},
-        stream, layer, buffers
+    launch_persistent(
+        stream_activations_kernel<T, kGated>, neuron_units,
+        {.threads = kThreads, .shared_bytes = kPartials + routing_bytes}, stream, layer, buffers
     );
-    launch(
-        stream_outputs_kernel<T>,
-        {.blocks = persistent_blocks(column_units, 2),
-         .threads = kThreads,
+    launch_persistent(
+        stream_outputs_kernel<T>, column_units,
+        {.threads = kThreads,
          .shared_bytes = sizeof(float) * kWarps * kOutputRows * kUnitColumns +
                          sizeof(int) * (kMostTokens + 2) + routing_bytes,
          .overlap_previous = true},

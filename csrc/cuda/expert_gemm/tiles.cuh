@@ -64,7 +64,9 @@ class Tiles {
 /// Holds: offsets and slots come from route(). Columns of m from the width to the next multiple of
 /// 16 bytes are written with numbers that nobody reads.
 template <class T, class Math, bool kGated>
-__global__ void __launch_bounds__(kBlockThreads, 2) activations_kernel(Layer<T> layer, Work work) {
+__global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) activations_kernel(
+    Layer<T> layer, Work work
+) {
     constexpr int kGroups = kGated ? 2 : 1;
     using Product = BlockProduct<T, Math, kGroups, false>;
     constexpr int kVector = 16 / static_cast<int>(sizeof(T));
@@ -149,7 +151,9 @@ __global__ void __launch_bounds__(kBlockThreads, 2) activations_kernel(Layer<T> 
 /// Holds: m comes from activations_kernel. Nothing beyond an expert's width is multiplied: the
 /// product replaces it by zeros, in both operands.
 template <class T, class Math>
-__global__ void __launch_bounds__(kBlockThreads, 2) outputs_kernel(Layer<T> layer, Work work) {
+__global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) outputs_kernel(
+    Layer<T> layer, Work work
+) {
     using Product = BlockProduct<T, Math, 2, true>;
     auto* shared = shared_memory<unsigned char>();
 
@@ -279,25 +283,22 @@ inline std::int64_t tokens_at_once(std::int64_t tokens, std::int64_t per_token) 
 
 template <class T, class Math, bool kGated>
 void launch_products(const Layer<T>& layer, const TileBuffers& buffers, Stream stream) {
-    const auto shape = [](std::int64_t tiles, std::size_t product_bytes) {
-        return LaunchShape{
-            .blocks = persistent_blocks(tiles, 2),
-            .threads = kBlockThreads,
-            .shared_bytes = product_bytes + sizeof(int),
-        };
+    const auto shape = [](std::size_t product_bytes) {
+        return LaunchShape{.threads = kBlockThreads, .shared_bytes = product_bytes + sizeof(int)};
     };
+    constexpr auto kActivationBytes = BlockProduct < T, Math, kGated ? 2 : 1,
+                   false > ::kSharedBytes;
+    constexpr auto kOutputBytes = BlockProduct<T, Math, 2, true>::kSharedBytes;
     if (buffers.activation_tiles > 0) {
-        constexpr auto kBytes = BlockProduct < T, Math, kGated ? 2 : 1, false > ::kSharedBytes;
-        launch(
-            activations_kernel<T, Math, kGated>, shape(buffers.activation_tiles, kBytes), stream,
-            layer, buffers.activations
+        launch_persistent(
+            activations_kernel<T, Math, kGated>, buffers.activation_tiles, shape(kActivationBytes),
+            stream, layer, buffers.activations
         );
     }
     if (buffers.output_tiles > 0) {
-        launch(
-            outputs_kernel<T, Math>,
-            shape(buffers.output_tiles, BlockProduct<T, Math, 2, true>::kSharedBytes), stream,
-            layer, buffers.outputs
+        launch_persistent(
+            outputs_kernel<T, Math>, buffers.output_tiles, shape(kOutputBytes), stream, layer,
+            buffers.outputs
         );
     }
 }
