@@ -21,7 +21,11 @@ from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 from safetensors import safe_open
 from torch import Tensor
 
@@ -240,6 +244,17 @@ class ShardWriter:
         assert (name, tensor.dtype, tuple(tensor.shape)) == (expected, dtype, shape)
         # A view as bytes, because numpy has no bfloat16.
         self._file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+
+    def write_chunks(self, name: str, chunks: Iterable[Tensor]) -> None:
+        """Append the next tensor, given in blocks of rows."""
+        expected, (dtype, shape) = next(self._expected)
+        assert name == expected
+        elements = 0
+        for chunk in chunks:
+            assert chunk.dtype == dtype
+            elements += chunk.numel()
+            self._file.write(chunk.contiguous().flatten().view(torch.uint8).numpy().data)
+        assert elements == TensorEntry("", dtype, shape).elements
 
     def close(self) -> None:
         """Finish the file: it is on the disk when this returns."""

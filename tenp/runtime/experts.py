@@ -52,7 +52,8 @@ class TenpExperts(nn.Module):
         self._up_name = "gate_up_proj" if self.has_gate else "up_proj"
         self.register_parameter(self._up_name, empty(joined, up.shape[2]))
         self.register_parameter(f"{self._up_name}_bias", empty(joined) if family.has_bias else None)
-        self.down_proj = empty(rows, family.down.shape[1])
+        self.down_shape = torch.Size((rows, family.down.shape[1]))
+        self.down_proj = empty(*self.down_shape)
         self.down_proj_bias = (
             empty(self.num_experts, family.down.shape[1]) if family.has_bias else None
         )

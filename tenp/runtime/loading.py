@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import (
+    HfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from tenp.adapter import find_experts
@@ -119,9 +123,15 @@ class TenpQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         # Before 5.21, converted weights of a quantized checkpoint keep the dtype of the file.
-        for module in model.modules():
+        for name, module in model.named_modules():
             if isinstance(module, TenpExperts):
                 module.to(model.dtype)
+                stored, wanted = module.down_proj.shape, module.down_shape
+                # Not every version of transformers compares converted weights with the module.
+                if stored != wanted:
+                    raise CheckpointError(
+                        f"{name}.down_proj must be {tuple(wanted)}, as config.json says, got {tuple(stored)}"
+                    )
         return model
 
     def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
@@ -296,14 +306,19 @@ def _packing(conversion: WeightConverter) -> WeightConverter:
 
 
 def _fused_family_converters() -> dict[str, WeightConverter]:
-    """Converters for families whose hub format is fused; a pruned one has these per-expert names."""
+    """Converters for families whose hub format is fused; a pruned one has these per-expert names.
+
+    The patterns are regular expressions: an unescaped dot would take `shared_experts` as well.
+    """
 
     def joined(kind: str, target: str) -> WeightConverter:
-        sources = [f".experts.*.{part}_proj.{kind}" for part in ("gate", "up")]
-        return WeightConverter(sources, f".experts.{target}", operations=[Pack()])
+        sources = [rf"\.experts.*.{part}_proj.{kind}" for part in ("gate", "up")]
+        return WeightConverter(sources, rf"\.experts.{target}", operations=[Pack()])
 
     def single(source: str, target: str, operation: ConversionOps) -> WeightConverter:
-        return WeightConverter(f".experts.*.{source}", f".experts.{target}", operations=[operation])
+        return WeightConverter(
+            rf"\.experts.*.{source}", rf"\.experts.{target}", operations=[operation]
+        )
 
     return {
         "gate_up_proj": joined("weight", "gate_up_proj"),
