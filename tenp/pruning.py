@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,7 @@ def apply(
         resume=plan.digest() if resume else None,
         memory=memory,
         progress=progress,
+        copied=checkpoint.tensors.keys() - tensors.keys(),
     )
 
 
@@ -167,6 +168,7 @@ def rewrite(
     resume: str | None = None,
     memory: int | None = None,
     progress: Callable[[str, int], None] | None = None,
+    copied: Container[str] = (),
 ) -> None:
     """Write a checkpoint whose tensors are functions of another's, shard by shard.
 
@@ -181,6 +183,7 @@ def rewrite(
         resume: What names the rewriting, if it is to be resumed when stopped.
         memory: As in `apply`.
         progress: As in `apply`.
+        copied: Tensors that become themselves.
     """
     layouts: dict[str, Layout] = {shard: {} for shard in checkpoint.shards()}
     for name, entry in checkpoint.tensors.items():
@@ -198,7 +201,7 @@ def rewrite(
     directory = resumable_directory(out, resume, room) if resume else new_directory(out, room)
     with directory as partial:
         reader = Reader(checkpoint)
-        write_shards(reader, layouts, pieces, partial, memory, progress)
+        write_shards(reader, layouts, pieces, partial, memory, progress, copied)
         reader.close()
         if layouts.keys() != {SINGLE_FILE}:
             metadata = {

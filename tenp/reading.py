@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,16 @@ class Reader:
         if count is None:
             return self._read(entry, entry.shape, 0)
         return self._read(entry, (count, *entry.shape[1:]), first)
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor in blocks of rows, so that no more than `_CHUNK` bytes are held if possible."""
+        entry = self.checkpoint.tensors[name]
+        if entry.scales is not None or entry.bytes <= _CHUNK:
+            yield self.read(name)
+            return
+        rows = max(_CHUNK * entry.shape[0] // entry.bytes, 1)
+        for first in range(0, entry.shape[0], rows):
+            yield self.read(name, first, min(rows, entry.shape[0] - first))
 
     def _read(self, entry: TensorEntry, shape: tuple[int, ...], first: int) -> Tensor:
         """Read so many rows from the first on, as they are stored."""

@@ -8,7 +8,7 @@ model layer by layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ _BOUND = 1e-5
 
 #: Tokens that stand in for an expert to which the router sends none.
 _SUBSTITUTES = 8
+
+#: Bytes that are compared at once.
+_BLOCK = 1 << 22
 
 Refit = Callable[[ExpertTensor, Tensor], Tensor]
 
@@ -65,9 +68,7 @@ def verify(
     for name, entry in checkpoint.tensors.items():
         if name in tensors:
             continue
-        if name not in result.checkpoint.tensors or not _equal(
-            source.read(name), result.read(name)
-        ):
+        if not _is_copied(name, source, result):
             raise _mismatch(f"{name} is not the same")
         if progress is not None:
             progress("copied tensors", entry.bytes)
@@ -175,11 +176,28 @@ def _record(
     return recorded[0]
 
 
-def _equal(ours: Tensor, theirs: Tensor) -> bool:
+def _is_copied(name: str, source: Reader, result: Reader) -> bool:
     """Compare bytes, because NaN is not equal to itself."""
-    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+    theirs = result.checkpoint.tensors.get(name)
+    ours = source.checkpoint.tensors[name]
+    if theirs is None or (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
         return False
-    return torch.equal(ours.reshape(-1).view(torch.uint8), theirs.reshape(-1).view(torch.uint8))
+    pairs = zip(_blocks(source, name), _blocks(result, name), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def _blocks(reader: Reader, name: str) -> Iterator[Tensor]:
+    if reader.checkpoint.tensors[name].scales is not None:  # read at once, unlike its copy
+        yield from reader.read(name).reshape(-1).view(torch.uint8).split(_BLOCK)
+        return
+    rest = torch.empty(0, dtype=torch.uint8)
+    for chunk in reader.chunks(name):
+        rest = torch.cat([rest, chunk.reshape(-1).view(torch.uint8)])
+        while len(rest) >= _BLOCK:
+            yield rest[:_BLOCK]
+            rest = rest[_BLOCK:]
+    if len(rest):
+        yield rest
 
 
 def _mismatch(what: str) -> CheckpointError:

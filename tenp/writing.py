@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -36,6 +36,7 @@ def write_shards(
     directory: Path,
     memory: int | None = None,
     progress: Callable[[str, int], None] | None = None,
+    copied: Container[str] = (),
 ) -> None:
     """Write every shard that is not there yet.
 
@@ -44,16 +45,20 @@ def write_shards(
         layouts: Shard to the names, dtypes and shapes of what it will hold, in order.
         pieces: `pieces(name, tensor)` yields the (name, tensor) pairs that a source tensor becomes.
         directory: Where to.
-        memory: Bytes that tensors in flight may take; at least one shard is always written.
+        memory: Bytes that the process may hold; half of it is for tensors in flight. One shard is
+            written at a time at least.
         progress: Called with (shard, source bytes) after every tensor, from any thread.
+        copied: Tensors that become themselves; they need not be in memory as a whole.
 
     Raises:
         OSError: The disk is full; whole shards stay.
         CheckpointError: The source is damaged or has changed.
     """
     tensors = reader.checkpoint.tensors
-    largest = max((entry.bytes for entry in tensors.values()), default=1)
-    at_once = (memory or _DEFAULT_MEMORY) // max(2 * largest, 1)  # a tensor, and what it becomes
+    changed = (entry.bytes for name, entry in tensors.items() if name not in copied)
+    largest = max(changed, default=1)
+    room = memory // 2 if memory else _DEFAULT_MEMORY
+    at_once = room // max(2 * largest, 1)  # a tensor, and what it becomes
     failed = threading.Event()
 
     def write(shard: str) -> None:
@@ -69,8 +74,10 @@ def write_shards(
             for name in names:
                 if failed.is_set():
                     return
-                for new_name, piece in pieces(name, reader.read(name)):
-                    writer.write(new_name, piece)
+                if name in copied:
+                    writer.write_chunks(name, reader.chunks(name))
+                else:
+                    _write(writer, pieces(name, reader.read(name)))
                 if progress is not None:
                     progress(shard, tensors[name].bytes)
             writer.close()
@@ -85,3 +92,9 @@ def write_shards(
     with ThreadPoolExecutor(max(1, min(_MOST_AT_ONCE, at_once, os.cpu_count() or 1))) as pool:
         for done in [pool.submit(write, shard) for shard in layouts]:
             done.result()
+
+
+def _write(writer: ShardWriter, pieces: Iterable[tuple[str, Tensor]]) -> None:
+    # A function of its own, so that nothing of one tensor is held while the next is read.
+    for name, piece in pieces:
+        writer.write(name, piece)
