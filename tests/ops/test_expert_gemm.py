@@ -388,6 +388,31 @@ def test_nothing_outside_the_output_and_the_workspace_is_written(
         assert_matches_the_reference(case, inputs, out.cpu())
 
 
+@pytest.mark.parametrize("gated", [True, False])
+def test_tf32_errs_by_no_more_than_its_rounding(gated: bool, device: torch.device) -> None:
+    case = ExpertGemmCase(tokens=70, hidden_size=200, gated=gated)
+    inputs = make_expert_gemm(case)
+    out = torch.full((70, 200), POISON, device=device)
+    workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
+    _C.expert_gemm(
+        **inputs.to(device).arguments(),
+        out=out,
+        workspace=workspace,
+        max_width=max(case.widths),
+        allow_tf32=True,
+    )
+    expected = reference.expert_gemm(**inputs.arguments())
+    assert (out.cpu().double() - expected).norm() <= 6e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_many_tokens_of_many_experts(dtype: torch.dtype, device: torch.device) -> None:
+    widths = tuple((expert * 37 % 5) * 17 for expert in range(256))
+    case = ExpertGemmCase(tokens=1000, hidden_size=72, widths=widths, dtype=dtype, bias=True)
+    inputs = make_expert_gemm(case)
+    assert_matches_the_reference(case, inputs, out_of(inputs, device))
+
+
 def test_an_output_with_gaps_between_its_rows_keeps_the_gaps(device: torch.device) -> None:
     case = ExpertGemmCase()
     inputs = make_expert_gemm(case)
