@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -291,13 +292,17 @@ def _calibration_size(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 def _quality(rows: Sequence[Mapping[str, Any]]) -> Figure:
     canvas, axes = _plot(9, 5)
-    for method in sorted({row["method"] for row in rows}):
+    # Ten colours in four styles tell forty methods apart.
+    styles = itertools.cycle(("-", "--", ":", "-."))
+    style = next(styles)
+    for index, method in enumerate(sorted({row["method"] for row in rows})):
+        style = next(styles) if index and index % 10 == 0 else style
         shares = sorted({row["share"] for row in rows if row["method"] == method})
         means = []
         for share in shares:
             kls = [_kl(row) for row in rows if (row["method"], row["share"]) == (method, share)]
             means.append(sum(kls) / len(kls))
-        axes.plot([1 - share for share in shares], means, marker="o", ms=3, label=method)
+        axes.plot([1 - share for share in shares], means, style, marker="o", ms=3, label=method)
     axes.set_yscale("log")
     axes.set_xlabel("sparsity: removed share of the routed parameters")
     axes.set_ylabel("KL from dense, nats per token")
