@@ -19,6 +19,21 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/model")
 ```"""
 
+_NARROWED = """\
+Every expert stays and the router is untouched; the experts were narrowed to the neurons that carry
+their output"""
+
+#: What each method did to the experts.
+_HOW = {
+    "tenp": f"{_NARROWED} (TENP, Findings of ACL 2026, arXiv 2606.09885).",
+    "enp": f"{_NARROWED}, all to one width (ENP of TENP, Findings of ACL 2026, arXiv 2606.09885).",
+    "best": f"{_NARROWED}, chosen by the error that their removal costs after a refit.",
+    "drop": "Whole experts were dropped, and with them their rows of the routers.",
+    "dern": """\
+Whole experts were dropped, and with them their rows of the routers; the others were rebuilt with the
+dropped experts' neurons (DERN, Findings of EMNLP 2025, arXiv 2509.10377).""",
+}
+
 _LOAD_STOCK = """\
 ```python
 from transformers import AutoModelForCausalLM
@@ -61,8 +76,7 @@ tags: [tenp, pruned, moe, compressed]
 
 # {name}, routed experts pruned to {plan.static_share():.1%}
 
-Every expert stays and the router is untouched; {settings["method"].upper()} narrowed the experts to the
-neurons that carry their output (TENP, Findings of ACL 2026, arXiv 2606.09885).
+{_HOW[settings["method"]]}
 
 | | before | after |
 |---|---|---|

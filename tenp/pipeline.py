@@ -270,6 +270,7 @@ def plan(
         settings={
             **decided.settings,
             **_criteria(budget, expert_criterion, neuron_criterion, dern_options),
+            "domain_weights": dict(domain_weights or {}),
         },
     )
     return reconstruction.with_repair(decided, statistics, domain_weights) if refit else decided
