@@ -16,26 +16,37 @@
 
 #include "tenp/tenp.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_POISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#define ASAN_UNPOISON_MEMORY_REGION(address, size) ((void)(address), (void)(size))
+#endif
+
 // What the tests share: arrays between guards, arrays of any float type, and error messages.
 
 namespace tenp::test {
 
 inline constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
-/// `count` values between two zones that nobody may write to.
+/// `count` values between two zones that nobody may write to, and under AddressSanitizer nobody may
+/// read.
 template <class T>
 class Guarded {
  public:
     explicit Guarded(std::int64_t count, T value = T{})
         : values_(static_cast<std::size_t>(count) + 2 * kGuard, value) {
-        std::memset(values_.data(), kPattern, kGuard * sizeof(T));
-        std::memset(values_.data() + values_.size() - kGuard, kPattern, kGuard * sizeof(T));
+        for (T* guard : {values_.data(), data() + count}) {
+            std::memset(guard, kPattern, kGuard * sizeof(T));
+            ASAN_POISON_MEMORY_REGION(guard, kGuard * sizeof(T));
+        }
     }
     Guarded(std::initializer_list<T> values) : Guarded(static_cast<std::int64_t>(values.size())) {
         std::copy(values.begin(), values.end(), data());
     }
     Guarded(const Guarded&) = delete;
     ~Guarded() {
+        ASAN_UNPOISON_MEMORY_REGION(values_.data(), values_.size() * sizeof(T));
         CHECK_MESSAGE(is_intact(0), "written before the array");
         CHECK_MESSAGE(is_intact(values_.size() - kGuard), "written after the array");
     }
@@ -77,10 +88,33 @@ inline double epsilon(DType dtype) {
     }
 }
 
+/// The nearest 16-bit float, ties to even.
+inline std::uint16_t float16_bits(double value) {
+    const int sign = std::signbit(value) ? 0x8000 : 0;
+    const double size = std::abs(value);
+    if (!(size < 65520)) {
+        return static_cast<std::uint16_t>(sign | (std::isnan(value) ? 0x7e00 : 0x7c00));
+    }
+    const int exponent = size < 0x1p-14 ? -14 : std::ilogb(size);
+    const int fraction = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
+    return static_cast<std::uint16_t>(sign | (((exponent + 15) << 10) + fraction - 1024));
+}
+
+inline double float16_value(std::uint16_t bits) {
+    const int exponent = (bits >> 10) & 31;
+    const int fraction = bits & 1023;
+    double size =
+        std::ldexp(exponent == 0 ? fraction : fraction + 1024, std::max(exponent, 1) - 25);
+    if (exponent == 31) {
+        size = fraction == 0 ? std::numeric_limits<double>::infinity() : kNan;
+    }
+    return (bits & 0x8000) != 0 ? -size : size;
+}
+
 /// `value` as the dtype has it.
 inline double rounded(double value, DType dtype) {
     if (dtype == DType::kFloat16) {
-        return static_cast<double>(static_cast<_Float16>(value));
+        return float16_value(float16_bits(value));
     }
     const auto bits = std::bit_cast<std::uint32_t>(static_cast<float>(value));
     if (dtype == DType::kFloat32 || value != value) {
@@ -123,7 +157,7 @@ class Matrix {
         if (dtype_ == DType::kFloat32) {
             wide_[at] = static_cast<float>(value);
         } else if (dtype_ == DType::kFloat16) {
-            narrow_[at] = std::bit_cast<std::uint16_t>(static_cast<_Float16>(value));
+            narrow_[at] = float16_bits(value);
         } else {
             const auto bits = std::bit_cast<std::uint32_t>(static_cast<float>(value));
             narrow_[at] = static_cast<std::uint16_t>(bits >> 16);
@@ -134,7 +168,7 @@ class Matrix {
         const std::int64_t at = row * stride_ + column;
         switch (dtype_) {
             case DType::kFloat32: return wide_[at];
-            case DType::kFloat16: return static_cast<double>(std::bit_cast<_Float16>(narrow_[at]));
+            case DType::kFloat16: return float16_value(narrow_[at]);
             default: return std::bit_cast<float>(std::uint32_t{narrow_[at]} << 16);
         }
     }

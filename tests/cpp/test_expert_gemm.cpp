@@ -387,6 +387,42 @@ TEST_CASE("expert_gemm refuses what does not fit and says how") {
     );
 }
 
+TEST_CASE("float16 is read and rounded as IEEE 754 has it, for every value") {
+    // A layer that hands every input on: one neuron, relu, weights of 1, as many tokens as values.
+    constexpr std::int64_t kValues = 1 << 16;
+    std::vector<std::uint16_t> hidden(kValues), out(kValues),
+        one = std::vector<std::uint16_t>(16, 0);
+    for (std::int64_t bits = 0; bits < kValues; ++bits) {
+        hidden[static_cast<std::size_t>(bits)] = static_cast<std::uint16_t>(bits);
+    }
+    one[0] = float16_bits(1);
+    const Ints ids(kValues, 0), widths = {1}, offsets = {0, 16};
+    const std::vector<float> gates(kValues, 1.0f);
+    std::vector<std::uint8_t> workspace(
+        expert_gemm_workspace_bytes(kValues, 1, 1, 1, 1, DType::kFloat16)
+    );
+    expert_gemm({
+        .hidden = contiguous_view(hidden.data(), DType::kFloat16, {kValues, 1}),
+        .expert_ids = contiguous_view(ids.data(), {kValues, 1}),
+        .gates = contiguous_view(gates.data(), {kValues, 1}),
+        .gate_up = contiguous_view(one.data(), DType::kFloat16, {16, 1}),
+        .down = contiguous_view(one.data(), DType::kFloat16, {16, 1}),
+        .widths = contiguous_view(widths.data(), {1}),
+        .neuron_offsets = contiguous_view(offsets.data(), {2}),
+        .activation = Activation::kRelu,
+        .gated = false,
+        .out = contiguous_view(out.data(), DType::kFloat16, {kValues, 1}),
+        .workspace = contiguous_view(workspace.data(), {std::ssize(workspace)}),
+    });
+    int wrong = 0;
+    for (std::int64_t bits = 0; bits < kValues; ++bits) {
+        const double in = float16_value(static_cast<std::uint16_t>(bits));
+        const double back = float16_value(out[static_cast<std::size_t>(bits)]);
+        wrong += std::isnan(in) ? !std::isnan(back) : back != std::max(in, 0.0);
+    }
+    CHECK(wrong == 0);
+}
+
 TEST_CASE("a workspace too large for any machine is refused, not wrapped around") {
     CHECK_THROWS_AS(
         expert_gemm_workspace_bytes(1, INT32_MAX, INT32_MAX, 1, INT32_MAX, DType::kFloat32),

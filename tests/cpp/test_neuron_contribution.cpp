@@ -100,7 +100,9 @@ TEST_CASE("both layouts of the weights give the projection of the equation") {
     // Tails of every tile: rows, neurons and hidden dimensions.
     const std::int64_t sizes[][2] = {{1, 1}, {7, 17}, {16, 32}, {33, 130}, {70, 5}};
     for (const DType dtype : kFloats) {
-        for (const auto& [hidden_size, neurons] : sizes) {
+        for (const auto& size : sizes) {
+            const std::int64_t hidden_size = size[0];
+            const std::int64_t neurons = size[1];
             for (const bool by_neuron : {false, true}) {
                 CAPTURE(dtype_name(dtype));
                 CAPTURE(hidden_size);
