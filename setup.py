@@ -17,6 +17,21 @@ ROOT = Path(__file__).parent.resolve()
 # The packages named in [build-system], not what PATH finds first.
 CMAKE = str(Path(cmake.CMAKE_BIN_DIR) / "cmake")
 NINJA = str(Path(ninja.BIN_DIR) / "ninja")
+# Options for CMake from the environment; they win over those set here.
+CMAKE_ARGS = shlex.split(os.environ.get("CMAKE_ARGS", ""))
+
+
+def cuda_definitions() -> dict[str, str]:
+    """Build for this machine: CUDA kernels for its GPU, or none when nothing can run them.
+
+    Compiling for every architecture takes minutes. A wheel for other machines asks for
+    it with CMAKE_ARGS=-DTENP_BUILD_CUDA=ON.
+    """
+    if any(argument.startswith("-DTENP_BUILD_CUDA") for argument in CMAKE_ARGS):
+        return {}
+    if Path("/dev/nvidia0").exists():
+        return {"CMAKE_CUDA_ARCHITECTURES": "native"}
+    return {"TENP_BUILD_CUDA": "OFF"}
 
 
 class CMakeBuild(build_ext):
@@ -24,7 +39,7 @@ class CMakeBuild(build_ext):
 
     A wheel also gets the C++ headers, library and CMake package, so that other
     C++ programs can use it; an editable install gets the Python module alone and
-    leaves the source tree clean. CMAKE_ARGS in the environment adds options.
+    leaves the source tree clean.
     """
 
     def build_extension(self, ext: Extension) -> None:
@@ -39,10 +54,12 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "TENP_BUILD_PYTHON": "ON",
             "TENP_BUILD_TESTS": "OFF",
+            **cuda_definitions(),
         }
         configure = [CMAKE, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
+        configure += ["-UTENP_*", "-UCMAKE_CUDA_ARCHITECTURES"]  # left over from an earlier build
         configure += [f"-D{name}={value}" for name, value in definitions.items()]
-        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        configure += CMAKE_ARGS
         install = [CMAKE, "--install", str(build), "--prefix", str(package)]
         if self.inplace:
             install += ["--component", "python"]
