@@ -42,7 +42,7 @@ from tenp.planning import Budget, plan
 from tenp.reading import Reader
 from tenp.samples import Samples
 
-_LATENT_ATTENTION: dict[str, Any] = dict(  # noqa: C408
+_LATENT_ATTENTION: dict[str, Any] = dict(
     kv_lora_rank=512, qk_rope_head_dim=64, qk_nope_head_dim=128, v_head_dim=128, hidden_act="silu"
 )
 SHAPES: dict[str, dict[str, Any]] = {

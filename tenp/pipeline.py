@@ -8,98 +8,40 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import (
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-
 from tenp import (
     adapter,
-    calibration,
     dern,
     dropping,
+    equivalence,
     evaluation,
-    execution,
+    output,
     planning,
     pruning,
     reconstruction,
     refitting,
     repair,
+    running,
     scoring,
-    second_pass,
     verification,
 )
 from tenp import report as reporting
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
-from tenp.errors import CheckpointError, InvalidArgument, Unsupported
+from tenp.errors import InvalidArgument
 from tenp.evaluation import DomainEvaluation
-from tenp.execution import Execution
 from tenp.files import require_absent, require_space
 from tenp.plan import Plan
 from tenp.planning import Budget, UnderCovered
-from tenp.reading import Reader
 from tenp.reconstruction import Prediction
 from tenp.refitting import Refitting
-from tenp.samples import Samples, generate_answers, tokenize
-from tenp.source import Source
+from tenp.running import Reporter, Run
 from tenp.statistics import Statistics
-from tenp.streaming import Progress
 from tenp.text import TextDomain, read_domains
-from tenp.workdir import WorkDirectory
-
-#: Called with (stage, total amount, its unit) when a stage starts; returns what to call with what
-#: is being done and how much of the amount was done since the last call.
-Reporter = Callable[[str, int, str], Callable[[str, int], None]]
-
-
-@dataclass(frozen=True)
-class Run:
-    """How text is read and the model is run.
-
-    Attributes:
-        samples: Samples per domain, chosen at random; None takes all. The paper uses 128.
-        max_length: Tokens per sample at most; None is the model's own maximum, but 2048 at most.
-        batch_tokens: Token positions per forward pass.
-        seed: For every random choice.
-        dtype: `float32`, `bfloat16`, `float16`, or `auto`: the checkpoint's own on a GPU and
-            float32 on a CPU, where most machines have no fast 16-bit arithmetic.
-        device: A torch device, or `auto` to spread the model over what there is.
-        self_generate: Tokens that the model answers to every prompt first; 0 takes text as it is.
-        execution: In memory or streamed, and what can be resumed.
-        second_moments: Also collect what repair and the method best need.
-        second_pass: Also run the model with gradients, for criteria that need it.
-    """
-
-    samples: int | None = 128
-    max_length: int | None = None
-    batch_tokens: int = 4096
-    seed: int = 0
-    dtype: str = "auto"
-    device: str = "cpu"
-    self_generate: int = 0
-    execution: Execution = field(default_factory=Execution)
-    second_moments: bool = False
-    second_pass: bool = False
-
-    def torch_dtype(self) -> torch.dtype | str:
-        """Return the dtype to load a model in."""
-        if self.dtype == "auto":
-            return torch.float32 if self.device == "cpu" else "auto"
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise InvalidArgument(
-                f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype}"
-            )
-        return getattr(torch, self.dtype)
 
 
 def calibrate(
@@ -112,7 +54,9 @@ def calibrate(
     group = Group.from_environment()
     with run.execution.work(group) as work:
         source = pruning.source_of(checkpoint)
-        return _calibrate(checkpoint, source, read_domains(sources), run, report, group, work)
+        return running.calibrate(
+            checkpoint, source, read_domains(sources), run, report, group, work
+        )
 
 
 def save_statistics(statistics: Statistics, out: str | Path) -> None:
@@ -126,104 +70,6 @@ def save_statistics(statistics: Statistics, out: str | Path) -> None:
         statistics.save(path)
     elif path.is_dir() or Statistics.load(path).digest() != statistics.digest():
         require_absent(path)
-
-
-def _calibrate(
-    checkpoint: Checkpoint,
-    source: Source,
-    domains: Sequence[TextDomain],
-    run: Run,
-    report: Reporter | None,
-    group: Group,
-    work: WorkDirectory | None,
-) -> Statistics:
-    config = adapter.load_config(checkpoint.directory)
-    settings = {
-        "dtype": "",
-        "max_length": _max_length(config, run),
-        "batch_tokens": run.batch_tokens,
-        "samples": run.samples,
-        "seed": run.seed,
-        "self_generate": run.self_generate,
-    }
-    if run.execution.is_streamed(group, checkpoint):
-        if run.second_pass:
-            raise Unsupported("a second pass needs the whole model in memory; use --stream none")
-        if run.self_generate:
-            raise Unsupported(
-                "self_generate needs the whole model in memory; use --stream none, or calibrate on answers in a file"
-            )
-        samples = _samples(checkpoint, domains, run)
-        dtype = run.torch_dtype()
-        if not isinstance(dtype, torch.dtype):
-            dtype = adapter.stored_dtype(config)
-        settings["dtype"] = str(dtype).removeprefix("torch.")
-        device = (
-            f"cuda:{group.local_rank}" if run.device == "cuda" and group.size > 1 else run.device
-        )
-        return execution.calibrate_streamed(
-            checkpoint,
-            source,
-            samples,
-            settings,
-            run.execution,
-            dtype,
-            "cpu" if device == "auto" and not torch.cuda.is_available() else device,
-            group,
-            work,
-            functools.partial(_streaming_progress, report, checkpoint, samples),
-            functools.partial(_announce, report),
-            second_moments=run.second_moments,
-        )
-    answered = None if run.self_generate else _samples(checkpoint, domains, run)
-    if work is not None and answered is not None:
-        settings["dtype"] = run.dtype
-        measured = {"second_moments": run.second_moments, "second_pass": run.second_pass}
-        work.require(execution.identity(source, answered, {**settings, **measured}, group))
-        if (finished := execution.finished_statistics(work)) is not None:
-            return finished
-    model = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
-    settings["dtype"] = str(model.dtype).removeprefix("torch.")
-    samples = _answers(checkpoint, model, domains, run) if answered is None else answered
-    total = sum(domain.tokens() for domain in samples)
-    progress = report("calibrate", total, "tokens") if report else None
-    statistics = calibration.collect(
-        model, samples, source, settings, run.batch_tokens, progress, run.second_moments
-    )
-    if run.second_pass:
-        second_pass.collect(model, samples, statistics, run.batch_tokens, progress)
-    execution.keep_statistics(work, statistics)
-    return statistics
-
-
-def _announce(report: Reporter | None, text: str) -> None:
-    if report is not None:
-        report(text, 0, "")
-
-
-def _streaming_progress(
-    report: Reporter | None,
-    checkpoint: Checkpoint,
-    samples: Sequence[Samples],
-    reader: Reader,
-) -> Progress | None:
-    """Show layer, expert, bytes and their rate; the amount is tokens times layers."""
-    if report is None:
-        return None
-    layers = adapter.empty_model(adapter.load_config(checkpoint.directory))
-    count = max(experts.layer for experts in adapter.find_experts(layers)) + 1
-    total = count * sum(domain.tokens() for domain in samples)
-    advance = report("calibrate", total, "token-layers")
-    begin = time.monotonic()
-
-    def progress(label: str, tokens: int) -> None:
-        rate = reader.bytes / max(time.monotonic() - begin, 1e-9)
-        advance(
-            f"{label}, {reader.bytes / 1e9:.2f} GB read at {rate / 1e9:.2f} GB/s",
-            tokens,
-        )
-
-    return progress
 
 
 def plan(
@@ -332,7 +178,7 @@ def apply(
         return
     refit = None if decided.repair is None else Refitting(checkpoint, decided, statistics)
     progress = report("write", checkpoint.bytes, "bytes") if report else None
-    check = functools.partial(_check_equivalence, checkpoint, decided, refit) if verify else None
+    check = functools.partial(equivalence.check, checkpoint, decided, refit) if verify else None
     if verify and run.execution.is_streamed(Group.from_environment(), checkpoint):
         seen = report("verify", checkpoint.bytes, "bytes") if report else None
         check = functools.partial(verification.verify, checkpoint, decided, refit, seen)
@@ -365,7 +211,7 @@ def report(
     if data:
         run = run or Run()
         checkpoint = Checkpoint(directory)
-        samples = _samples(checkpoint, read_domains(data), run)
+        samples = running.samples_of(checkpoint, read_domains(data), run)
         after = reporting.selection_counts(
             adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device), samples
         )
@@ -398,7 +244,7 @@ def _evaluate(
     reference: Checkpoint | None = None,
     report: Reporter | None = None,
 ) -> list[DomainEvaluation]:
-    samples = _samples(checkpoint, domains, dataclasses.replace(run, samples=None))
+    samples = running.samples_of(checkpoint, domains, dataclasses.replace(run, samples=None))
     measured = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
     other = None
     if reference is not None:
@@ -466,7 +312,7 @@ def prune(
     run.torch_dtype()
     group = Group.from_environment()
     with run.execution.work(group) as work:
-        if out is not None and not _was_begun(work, Path(out)):
+        if out is not None and not output.was_begun(work, Path(out)):
             require_absent(Path(out))
         domains = read_domains(sources)
         scoring.weights_of([d.name for d in domains], plan_options.get("domain_weights") or {})
@@ -475,12 +321,12 @@ def prune(
         source = pruning.source_of(checkpoint)
         if out is not None and not Path(out).exists():
             require_space(Path(out), int(kept * source.bytes))  # at least: only experts shrink
-        statistics = _calibrate(checkpoint, source, domains, run, report, group, work)
+        statistics = running.calibrate(checkpoint, source, domains, run, report, group, work)
         decided = plan(statistics, budget, checkpoint=checkpoint, **plan_options)
         if out is None or group.rank > 0:
             return Pruned(decided, statistics)
-        if not _is_finished(work, Path(out), decided):
-            _note_output(work, Path(out), decided)
+        if not output.is_finished(work, Path(out), decided):
+            output.note(work, Path(out), decided)
             apply(
                 checkpoint,
                 decided,
@@ -496,107 +342,3 @@ def prune(
         before = _evaluate(checkpoint, measured_on, run, report=report)
         after = _evaluate(Checkpoint(out), measured_on, run, checkpoint, report)
         return Pruned(decided, statistics, before, after)
-
-
-def _was_begun(work: WorkDirectory | None, out: Path) -> bool:
-    """Whether an earlier run with this work directory was going to write `out`."""
-    note = work.read_note("output") if work is not None else None
-    return note is not None and note["path"] == str(out.resolve())
-
-
-def _is_finished(work: WorkDirectory | None, out: Path, decided: Plan) -> bool:
-    """Whether an earlier run had written all of `out` and was stopped after that.
-
-    Raises:
-        CheckpointError: `out` is there, but is of another plan.
-    """
-    if not out.exists():
-        return False
-    note = work.read_note("output") if work is not None else None
-    if note is None or note["plan"] != decided.digest():
-        require_absent(out)
-    return True
-
-
-def _note_output(work: WorkDirectory | None, out: Path, decided: Plan) -> None:
-    """Remember what is going to be written where: an output appears whole, so it then is this."""
-    if work is None:
-        return
-    before = work.read_note("output")
-    if before is not None and before["plan"] != decided.digest():
-        pruning.drop_partial(Path(before["path"]), before["plan"])
-    work.write_note("output", {"path": str(out.resolve()), "plan": decided.digest()})
-
-
-#: float32 sums in another order differ by about 1e-6 of the largest logit in models of some layers.
-_EQUIVALENCE_BOUND = 1e-5
-
-
-#: Of the routers' choices; rounding changes far fewer, a wrong router far more.
-_CHANGED_CHOICES_BOUND = 0.01
-
-
-def _check_equivalence(
-    checkpoint: Checkpoint, decided: Plan, refit: Refitting | None, written: Path
-) -> None:
-    """Compare a written checkpoint with the dense model, its pruned neurons silenced, others refitted."""
-    dense = adapter.load_model(checkpoint.directory, torch.float32)
-    if refit is not None:
-        for experts in adapter.find_experts(dense):
-            refit.fill(experts)
-    evaluation.mask_neurons(dense, decided)
-    vocabulary = adapter.vocabulary(dense)
-    ids = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
-    recording = evaluation.record(dense, ids)
-    del dense  # one model at a time in memory
-    pruned = adapter.load_model(written, torch.float32)
-    difference, changed = evaluation.compare(pruned, ids, recording)
-    if not difference <= _EQUIVALENCE_BOUND or changed > _CHANGED_CHOICES_BOUND:
-        raise CheckpointError(
-            f"the written checkpoint must compute what the masked dense model does to {_EQUIVALENCE_BOUND}, "
-            f"got a difference of {difference:.2e} of the largest logit and {changed:.2%} other choices of the "
-            "routers; nothing was kept"
-        )
-
-
-def _samples(checkpoint: Checkpoint, domains: Sequence[TextDomain], run: Run) -> list[Samples]:
-    """Tokenize; needs no weights, so it comes before the model is loaded."""
-    model = adapter.empty_model(adapter.load_config(checkpoint.directory))
-    tokenizer, length = _tokenizer(checkpoint), _max_length(model.config, run)
-    vocabulary = adapter.vocabulary(model)
-    return [tokenize(d, tokenizer, length, run.samples, run.seed, vocabulary) for d in domains]
-
-
-def _answers(
-    checkpoint: Checkpoint,
-    model: PreTrainedModel,
-    domains: Sequence[TextDomain],
-    run: Run,
-) -> list[Samples]:
-    tokenizer, length = _tokenizer(checkpoint), _max_length(model.config, run)
-    return [
-        generate_answers(d, model, tokenizer, length, run.self_generate, run.samples, run.seed)
-        for d in domains
-    ]
-
-
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.directory)
-        # Without its files some families give a tokenizer that knows no text at all.
-        if not tokenizer("text", add_special_tokens=False)["input_ids"]:
-            raise ValueError("its vocabulary is empty")
-    except Exception as error:  # the tokenizers library raises nothing more specific
-        raise CheckpointError(
-            f"{checkpoint.directory} must hold a tokenizer, but it cannot be loaded: {error}"
-        ) from error
-    return tokenizer
-
-
-def _max_length(config: PreTrainedConfig, run: Run) -> int:
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
-    if run.max_length is not None and not 1 <= run.max_length <= limit:
-        raise InvalidArgument(
-            f"max_length must be between 1 and the model's {limit}, got {run.max_length}"
-        )
-    return run.max_length or min(limit, 2048)

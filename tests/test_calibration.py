@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from support.fixtures import Tiny
-from support.tiny_models import make_model, make_samples, save_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from support.fixtures import Tiny
+from support.tiny_models import make_model, make_samples, save_model
 from tenp import adapter, calibration, pruning
 from tenp.checkpoint import Checkpoint
 from tenp.errors import DataError

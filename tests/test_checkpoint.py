@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.fixtures import Tiny
 
+from support.fixtures import Tiny
 from tenp.checkpoint import INDEX_FILE, Checkpoint, ShardWriter
 from tenp.errors import CheckpointError
 

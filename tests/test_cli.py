@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fixtures import EXAMPLES, Command, Tiny, files_of
 
 import tenp
+from support.fixtures import EXAMPLES, Command, Tiny, files_of
 from tenp import adapter, evaluation
 from tenp.checkpoint import Checkpoint
 from tenp.plan import Plan

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from support.fixtures import Command, Result, Tiny, files_of
 from support.tiny_models import make_tokenizer, save_model
-
 from tenp import adapter, calibration, files
 from tenp.checkpoint import INDEX_FILE, ShardWriter
 
@@ -43,7 +43,7 @@ def nothing_left_behind(tmp_path: Path):
     """After every test here: no output, no temporary file or directory."""
     yield
     assert not (tmp_path / "out").exists()
-    assert not [path for path in tmp_path.rglob(".*")]
+    assert not list(tmp_path.rglob(".*"))
 
 
 def _assert_refused(result: Result, *expected: str) -> None:

@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
+
 from support.fixtures import Tiny
 from support.tiny_models import make_model, make_samples, token_ids
-
 from tenp import adapter, evaluation
 from tenp.errors import DataError
 from tenp.samples import Samples

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_models import FAMILIES, make_model, make_samples, save_model, token_ids
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from support.tiny_models import FAMILIES, make_model, make_samples, save_model, token_ids
 from tenp import adapter, calibration, evaluation, planning, pruning, scoring
 from tenp.checkpoint import Checkpoint
 from tenp.errors import Unsupported

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.fixtures import Tiny
 
+from support.fixtures import Tiny
 from tenp.errors import PlanError
 from tenp.plan import Plan
 from tenp.source import Source

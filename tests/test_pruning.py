@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from support.fixtures import Tiny, files_of
 from support.tiny_models import save_model
-
-from tenp import pipeline, planning, pruning
+from tenp import equivalence, planning, pruning
 from tenp.checkpoint import INDEX_FILE, Checkpoint
 from tenp.errors import CheckpointError, InvalidArgument, PlanError, Unsupported
 from tenp.model_card import model_card
@@ -141,14 +141,14 @@ def test_verification_notices_a_wrong_expert(tiny: Tiny, tmp_path: Path) -> None
     pruning.apply(tiny.checkpoint, tiny.plan, tmp_path / "out")
     _change(tmp_path / "out", "layers.1.mlp.experts.0.down_proj", lambda tensor: 1.01 * tensor)
     with pytest.raises(CheckpointError, match="must compute what the masked dense model does"):
-        pipeline._check_equivalence(tiny.checkpoint, tiny.plan, None, tmp_path / "out")
+        equivalence.check(tiny.checkpoint, tiny.plan, None, tmp_path / "out")
 
 
 def test_verification_notices_a_wrong_router(tiny: Tiny, tmp_path: Path) -> None:
     pruning.apply(tiny.checkpoint, tiny.plan, tmp_path / "out")
     _change(tmp_path / "out", "layers.2.mlp.gate.weight", lambda tensor: tensor.flip(0))
     with pytest.raises(CheckpointError, match="other choices of the routers"):
-        pipeline._check_equivalence(tiny.checkpoint, tiny.plan, None, tmp_path / "out")
+        equivalence.check(tiny.checkpoint, tiny.plan, None, tmp_path / "out")
 
 
 def _change(directory: Path, part: str, change) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.fixtures import Tiny
-from support.tiny_models import token_ids
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from support.fixtures import Tiny
+from support.tiny_models import token_ids
 from tenp import adapter, planning, pruning
 from tenp.errors import CheckpointError
 from tenp.planning import Budget
@@ -102,7 +102,7 @@ def test_device_map_auto(tiny: Tiny, model) -> None:
 
 
 def test_layers_on_disk(tiny: Tiny, model, tmp_path: Path) -> None:
-    where = {name: "cpu" for name in ("model.embed_tokens", "model.rotary_emb", "model.norm")}
+    where = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm"), "cpu")
     where |= {"lm_head": "cpu", "model.layers.0": "cpu", "model.layers.2": "cpu"}
     where["model.layers.1"] = "disk"
     spread = _load(tiny.pruned, device_map=where, offload_folder=tmp_path)

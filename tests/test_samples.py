@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from support.fixtures import Tiny
 from support.tiny_models import VOCABULARY, make_tokenizer
-
 from tenp import adapter
 from tenp.errors import DataError
 from tenp.samples import Samples, generate_answers, tokenize

@@ -5,9 +5,9 @@ import dataclasses
 
 import pytest
 import torch
-from support.fixtures import Tiny
 from torch import Tensor
 
+from support.fixtures import Tiny
 from tenp import scoring
 from tenp.errors import InvalidArgument
 from tenp.source import Source

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.fixtures import Tiny, of_other_text
 
+from support.fixtures import Tiny, of_other_text
 from tenp import adapter, calibration
 from tenp.errors import DataError, InvalidArgument
 from tenp.samples import Samples

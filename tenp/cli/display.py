@@ -25,10 +25,10 @@ from rich.progress import (
 from rich.table import Table
 
 from tenp.evaluation import DomainEvaluation
-from tenp.pipeline import Reporter
 from tenp.plan import Plan
 from tenp.planning import MINIMUM_COVERAGE, under_covered_experts
 from tenp.reconstruction import Prediction
+from tenp.running import Reporter
 from tenp.statistics import Statistics
 
 _BAR = 32
@@ -55,7 +55,10 @@ def progress(quiet: bool, as_json: bool = False) -> Iterator[Reporter | None]:
         TextColumn("{task.fields[amount]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    console = Console(stderr=True)
+    # In a log file a bar is noise, and even an empty one leaves a blank line.
+    is_hidden = not console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=is_hidden) as bars:
 
         def report(stage: str, total: int, unit: str) -> Callable[[str, int], None]:
             if not total:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_models import make_samples, save_model
 
+from support.tiny_models import make_samples, save_model
 from tenp import adapter, calibration, pipeline, planning, pruning, scoring
 from tenp.checkpoint import Checkpoint
 from tenp.cli import main

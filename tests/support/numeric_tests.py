@@ -11,6 +11,7 @@ from ops import (
     test_expert_gemm,
     test_neuron_contribution,
 )
+
 from support.op_cases import ACTIVATION_CASES, EXPERT_GEMM_CASES, FLOAT_DTYPES, STATISTICS_CASES
 
 TOKENS_BEFORE = (1, 7, 64)

@@ -23,9 +23,9 @@ import math
 from typing import NamedTuple
 
 import torch
-from support.op_cases import ExpertGemmCase, ExpertGemmInputs, StatisticsInputs
 from torch import Tensor
 
+from support.op_cases import ExpertGemmCase, ExpertGemmInputs, StatisticsInputs
 from tenp.ops import reference
 
 SUM_FACTOR = 2.0
