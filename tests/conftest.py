@@ -3,8 +3,8 @@
 
 import pytest
 import torch
-from support.fixtures import command, text_file, tiny  # noqa: F401 - fixtures
 
+from support.fixtures import command, text_file, tiny  # noqa: F401 - fixtures
 from tenp import _C
 
 

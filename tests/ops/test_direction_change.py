@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from support.op_cases import (
     FLOAT_DTYPES,
     POISON,
@@ -15,8 +17,6 @@ from support.op_cases import (
     make_statistics,
 )
 from support.tolerance import assert_close, direction_change_tolerance
-from torch import Tensor
-
 from tenp.errors import InvalidArgument
 from tenp.ops import accumulate_direction_change, reference
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from support.op_cases import (
     ACTIVATION_CASES,
     EXPERT_GEMM_CASES,
@@ -26,8 +28,6 @@ from support.tolerance import (
     expert_gemm_tolerance,
     expert_gemm_tolerance_of_the_whole,
 )
-from torch import Tensor
-
 from tenp import _C
 from tenp.errors import InvalidArgument, Unsupported
 from tenp.ops import expert_gemm, neuron_offsets, pack, reference, unpack

@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.op_cases import FLOAT_DTYPES, HOSTILE_WIDTHS
 from torch import Tensor
 
+from support.op_cases import FLOAT_DTYPES, HOSTILE_WIDTHS
 from tenp.errors import InvalidArgument
 from tenp.ops import neuron_offsets, pack, unpack
 

@@ -5,8 +5,8 @@ TENP_ISA is read once per process, so the numeric tests run again in one process
 """
 
 import pytest
-from support.processes import run_python
 
+from support.processes import run_python
 from tenp import _C
 
 PRINT_ISA = "from tenp import _C; print(_C.cpu_isa())"

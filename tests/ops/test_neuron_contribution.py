@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from support.op_cases import (
     FLOAT_DTYPES,
     POISON,
@@ -19,8 +21,6 @@ from support.op_cases import (
     make_statistics,
 )
 from support.tolerance import assert_close, checksum_tolerance, neuron_contribution_tolerance
-from torch import Tensor
-
 from tenp.errors import InvalidArgument
 from tenp.ops import accumulate_neuron_contribution, reference
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+
 from support.op_cases import (
     ExpertGemmCase,
     StatisticsCase,
     make_expert_gemm,
     make_statistics,
 )
-
 from tenp.ops import reference
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from support.op_cases import (
     FLOAT_DTYPES,
     ExpertGemmCase,
@@ -13,7 +14,6 @@ from support.op_cases import (
     make_expert_gemm,
     make_statistics,
 )
-
 from tenp.ops import (
     accumulate_activation_stats,
     accumulate_direction_change,

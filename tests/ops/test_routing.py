@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.op_cases import ROUTING_PATTERNS, TOKEN_COUNTS, guarded, make_expert_ids
 from torch import Tensor
 
+from support.op_cases import ROUTING_PATTERNS, TOKEN_COUNTS, guarded, make_expert_ids
 from tenp import _C
 from tenp.errors import InvalidArgument
 from tenp.ops import Routing, reference, route, tile_table

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
 from support.op_cases import (
     FLOAT_DTYPES,
     ExpertGemmCase,
@@ -14,8 +16,6 @@ from support.op_cases import (
     make_statistics,
 )
 from support.processes import run_python
-from torch import Tensor
-
 from tenp.errors import InvalidArgument
 from tenp.ops import (
     accumulate_activation_stats,
