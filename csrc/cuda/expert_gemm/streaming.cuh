@@ -193,12 +193,10 @@ __global__ void __launch_bounds__(kThreads) stream_activations_kernel(
         for (int matrix = 0; matrix < kMatrices; ++matrix) {
 #pragma unroll
             for (int n = 0; n < kPassTiles; ++n) {
-                if (8 * n < rows) {
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        partials[warp][matrix][8 * n + 2 * m + i % 2][g + i / 2 * 8] =
-                            sums[matrix][n][i];
-                    }
+                for (int i = 0; i < 4; ++i) {
+                    partials[warp][matrix][8 * n + 2 * m + i % 2][g + i / 2 * 8] =
+                        sums[matrix][n][i];
                 }
             }
         }

@@ -151,9 +151,9 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) activations_ke
 /// Holds: m comes from activations_kernel. Nothing beyond an expert's width is multiplied: the
 /// product replaces it by zeros, in both operands.
 template <class T, class Math>
-__global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) outputs_kernel(
-    Layer<T> layer, Work work
-) {
+__global__ void __launch_bounds__(
+    kBlockThreads, sizeof(T) == 4 ? 1 : kResidentBlocks
+) outputs_kernel(Layer<T> layer, Work work) {
     using Product = BlockProduct<T, Math, 2, true>;
     auto* shared = shared_memory<unsigned char>();
 
