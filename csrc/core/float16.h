@@ -49,7 +49,7 @@ template <>
 
 template <>
 [[gnu::always_inline]] inline BFloat16 from_float<BFloat16>(float value) {
-    const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, value);
+    const auto bits = __builtin_bit_cast(std::uint32_t, value);
     if (value != value) {  // rounding could carry a NaN's payload into infinity
         return {static_cast<std::uint16_t>((bits >> 16) | 0x0040u)};
     }
@@ -58,7 +58,7 @@ template <>
 
 template <>
 [[gnu::always_inline]] inline Float16 from_float<Float16>(float value) {
-    const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, value);
+    const auto bits = __builtin_bit_cast(std::uint32_t, value);
     const std::uint32_t sign = (bits >> 16) & 0x8000u;
     const std::uint32_t magnitude = bits & 0x7fffffffu;
     std::uint32_t result;

@@ -22,25 +22,21 @@ const Kernels& choose() {
 #endif
         {kPortableKernels, true},
     };
-    const char* wanted = std::getenv("TENP_ISA");
-    if (wanted == nullptr || *wanted == '\0') {
-        wanted = nullptr;
-    }
+    const char* variable = std::getenv("TENP_ISA");
+    const std::string wanted = variable == nullptr ? "" : variable;
     for (const auto& [kernels, runs_here] : choices) {
-        if (wanted == nullptr ? runs_here : std::string(wanted) == kernels.name) {
+        if (wanted.empty() ? runs_here : wanted == kernels.name) {
             if (!runs_here) {
-                throw Unsupported(std::string("cpu_isa: this machine has no ") + wanted);
+                throw Unsupported("cpu_isa: this machine has no " + wanted);
             }
             return kernels;
         }
     }
-    for (const char* name : {"portable", "avx2", "avx512"}) {
-        if (std::string(wanted) == name) {
-            throw Unsupported(std::string("cpu_isa: this build has no kernels for ") + name);
-        }
+    if (wanted == "avx2" || wanted == "avx512") {
+        throw Unsupported("cpu_isa: this build has no kernels for " + wanted);
     }
     throw InvalidArgument(
-        std::string("cpu_isa: TENP_ISA must be portable, avx2 or avx512, got '") + wanted + "'"
+        "cpu_isa: TENP_ISA must be portable, avx2 or avx512, got '" + wanted + "'"
     );
 }
 
