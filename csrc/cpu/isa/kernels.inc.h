@@ -31,7 +31,6 @@ using ShortBits [[gnu::vector_size(kLanes * sizeof(std::uint16_t))]] = std::uint
 
 // A vector of doubles fills a register with half as many lanes.
 constexpr int kHalf = kLanes / 2;
-using HalfVector [[gnu::vector_size(kHalf * sizeof(float))]] = float;
 using Doubles [[gnu::vector_size(kHalf * sizeof(double))]] = double;
 
 template <class To, class From>
@@ -555,16 +554,14 @@ void add_row(float* sum, const T* row, std::int64_t count) {
     });
 }
 
-[[gnu::always_inline]] inline Doubles low_half(Vector value) {
-    float lanes[kLanes];
-    store(lanes, value);
-    return __builtin_convertvector(read<HalfVector>(lanes), Doubles);
-}
-
-[[gnu::always_inline]] inline Doubles high_half(Vector value) {
-    float lanes[kLanes];
-    store(lanes, value);
-    return __builtin_convertvector(read<HalfVector>(lanes + kHalf), Doubles);
+/// kHalf lanes of a vector, from kFirst on.
+template <int kFirst>
+[[gnu::always_inline]] inline Doubles half(Vector value) {
+    return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+        return __builtin_convertvector(
+            __builtin_shufflevector(value, value, kFirst + kLane...), Doubles
+        );
+    }(std::make_integer_sequence<int, kHalf>());
 }
 
 template <class T>
@@ -574,8 +571,8 @@ double dot(const T* a, const T* b, std::int64_t count) {
     for_each_vector(count, [&](std::int64_t i, auto read_at, auto) {
         const Vector a_lanes = read_at(a + i);
         const Vector b_lanes = read_at(b + i);
-        low += low_half(a_lanes) * low_half(b_lanes);
-        high += high_half(a_lanes) * high_half(b_lanes);
+        low += half<0>(a_lanes) * half<0>(b_lanes);
+        high += half<kHalf>(a_lanes) * half<kHalf>(b_lanes);
     });
     const Doubles both = low + high;
     double sum = 0;
@@ -592,16 +589,13 @@ double dot(const T* a, const T* b, std::int64_t count) {
 /// What one row adds to the sums of kHalf neurons.
 template <class T>
 [[gnu::always_inline]] inline void contribute_lanes(
-    const Contribute<T>& block, std::int64_t row, std::int64_t neuron, Doubles m, Doubles q
+    const Contribute<T>& block, std::int64_t neuron, Doubles m, Doubles projection, double gate
 ) {
     const auto update = [&](double* sums, auto f) {
         write(sums + neuron, f(read<Doubles>(sums + neuron)));
     };
-    if (block.norms[row] != 0) {
-        const double inverse_norm = 1 / block.norms[row];
-        update(block.projection, [&](Doubles sum) { return sum + m * q * inverse_norm; });
-    }
-    const Doubles gated = magnitude(m * static_cast<double>(block.gates[row]));
+    const Doubles gated = magnitude(m * gate);
+    update(block.projection, [&](Doubles sum) { return sum + projection; });
     update(block.magnitude, [&](Doubles sum) { return sum + magnitude(m); });
     update(block.energy, [&](Doubles sum) { return sum + gated * gated; });
     update(block.peak, [&](Doubles peak) {
@@ -613,12 +607,22 @@ template <class T>
 template <class T>
 void contribute(const Contribute<T>& block) {
     for (std::int64_t row = 0; row < block.rows; ++row) {
+        const T* m_row = block.activations[row];
         const float* q_row = block.products + row * block.products_stride;
+        const double gate = block.gates[row];
+        const bool is_zero = block.norms[row] == 0;
+        const double inverse_norm = 1 / block.norms[row];
+        // Zero times an infinite m would be NaN: a row with y = 0 is left out, not multiplied by 0.
+        const auto projection = [&](Doubles m, Doubles q) {
+            return is_zero ? Doubles{} : m * q * inverse_norm;
+        };
         for_each_vector(block.count, [&](std::int64_t i, auto read_at, auto) {
-            const Vector m = read_at(block.activations[row] + i);
+            const Vector m = read_at(m_row + i);
             const Vector q = read_at(q_row + i);
-            contribute_lanes(block, row, i, low_half(m), low_half(q));
-            contribute_lanes(block, row, i + kHalf, high_half(m), high_half(q));
+            const Doubles m_low = half<0>(m);
+            const Doubles m_high = half<kHalf>(m);
+            contribute_lanes(block, i, m_low, projection(m_low, half<0>(q)), gate);
+            contribute_lanes(block, i + kHalf, m_high, projection(m_high, half<kHalf>(q)), gate);
         });
     }
 }
