@@ -114,7 +114,9 @@ class Checkpoint:
                     f"{self.directory / shard} must hold {min(missing)}, as {INDEX_FILE} says, but does not"
                 )
             for name, (dtype, shape, begin) in sorted(entries.items()):
-                self.tensors[name] = TensorEntry(shard, dtype, shape, begin)
+                # What the index does not name is in a file, but not in the model.
+                if not expected or name in expected:
+                    self.tensors[name] = TensorEntry(shard, dtype, shape, begin)
         self.block = _float8_block(self.config)
         if self.block is not None:
             self.config = {k: v for k, v in self.config.items() if k != "quantization_config"}

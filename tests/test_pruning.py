@@ -189,6 +189,20 @@ def test_a_missing_expert_is_refused(tiny: Tiny, tmp_path: Path) -> None:
         pruning.source_of(Checkpoint(source))
 
 
+def test_a_tensor_that_the_index_does_not_name_is_not_copied(tiny: Tiny, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(tiny.directory, tmp_path / "dense"))
+    shard = next(source.glob("*.safetensors"))
+    tensors = {**load_file(shard), "model.left_over": torch.ones(3)}
+    save_file(tensors, shard, metadata={"format": "pt"})
+    checkpoint = Checkpoint(source)
+    assert checkpoint.tensors.keys() == tiny.checkpoint.tensors.keys()
+    pruning.rewrite(
+        checkpoint, tmp_path / "out", checkpoint.config, lambda *piece: [piece], extra_files={}
+    )
+    stored = {name for path in (tmp_path / "out").glob("*.safetensors") for name in load_file(path)}
+    assert stored == tiny.checkpoint.tensors.keys()
+
+
 def test_a_quantized_model_is_refused(tiny: Tiny, tmp_path: Path) -> None:
     source = Path(shutil.copytree(tiny.directory, tmp_path / "dense"))
     config = {**tiny.checkpoint.config, "quantization_config": {"quant_method": "fp8"}}
