@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -23,6 +24,9 @@ import torch
 import tenp
 from tenp import ops
 
+#: A decile of fewer says nothing.
+_FEWEST_ROUNDS = 5
+
 
 def compare(
     case: Mapping[str, Any],
@@ -30,6 +34,7 @@ def compare(
     baseline: str,
     rounds: int = 30,
     warmup: int = 3,
+    seconds_at_most: float = math.inf,
 ) -> list[dict[str, Any]]:
     """Time providers against one of them.
 
@@ -39,12 +44,17 @@ def compare(
         baseline: The provider whose time is 1.
         rounds: Timed rounds.
         warmup: Rounds before them.
+        seconds_at_most: Stop after so much time, but not before 5 timed rounds.
 
     Returns:
         One record a provider: median, 10th and 90th percentile of time over the baseline's.
     """
     seconds: dict[str, list[float]] = {name: [] for name in providers}
+    begin_of_all = time.monotonic()
     for round_number in range(warmup + rounds):
+        is_late = time.monotonic() - begin_of_all > seconds_at_most
+        if is_late and round_number >= warmup + _FEWEST_ROUNDS:
+            break
         for name, run in providers.items():
             begin = time.perf_counter_ns()
             run()
@@ -63,7 +73,7 @@ def compare(
             "ratio": statistics.median(ratios),
             "p10": deciles[0],
             "p90": deciles[-1],
-            "rounds": rounds,
+            "rounds": len(ratios),
         }
         records.append(record)
         axes = " ".join(f"{key}={value}" for key, value in case.items())
