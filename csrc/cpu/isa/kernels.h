@@ -36,7 +36,7 @@ inline constexpr std::int64_t kGemmWideColumns = 1024;
 inline constexpr std::int64_t kGemmRows = 384;
 
 /// Floats of scratch that a matrix product uses.
-inline constexpr std::int64_t kGemmScratch = (kGemmColumns + 16) * 544;
+inline constexpr std::int64_t kGemmScratch = (kGemmColumns + 16) * 1040;
 
 /// C = A B^T (gemm_nt) or C = A B (gemm_nn), accumulated in float32. What a row of C gets does not
 /// depend on the other rows of the call.

@@ -26,6 +26,7 @@ constexpr int kLanes = 4;  // SSE2, NEON
 #endif
 
 using Vector [[gnu::vector_size(kLanes * sizeof(float))]] = float;
+using Quad [[gnu::vector_size(4 * sizeof(float))]] = float;
 using Bits [[gnu::vector_size(kLanes * sizeof(float))]] = std::uint32_t;
 using ShortBits [[gnu::vector_size(kLanes * sizeof(std::uint16_t))]] = std::uint16_t;
 
@@ -177,10 +178,12 @@ constexpr std::int64_t kNtRows = 3;  // 3 x 4 sums and 4 vectors of B: 16 of 16
 constexpr std::int64_t kNnRows = 6;  // 6 x 2 sums, 2 vectors of B: 14 of 16
 #endif
 constexpr std::int64_t kNtColumns = 4;
-constexpr std::int64_t kNtDepth = 512;  // 128 columns of B: 264 KB; 6 rows of A: 12 KB
+constexpr std::int64_t kNtDepth = 1024;  // 128 columns of B: 520 KB; 6 rows of A: 24 KB
 constexpr std::int64_t kNtPitch = kNtDepth + 16;
-constexpr std::int64_t kNtDirectDepth = 16 * kNtDepth;  // 6 rows of A alone: 192 KB
+constexpr std::int64_t kNtDirectDepth = 8 * kNtDepth;  // 6 rows of A alone: 192 KB
 constexpr std::int64_t kNtDirectPitch = kNtDirectDepth + 16;
+constexpr std::int64_t kNnFewRows = kNnRows / 2;
+constexpr std::int64_t kNnAtOnce = 4;
 constexpr std::int64_t kNnVectors = 2;
 constexpr std::int64_t kNnColumns = kNnVectors * kLanes;
 constexpr std::int64_t kNnDepth = 256;  // 12 rows of A: 12 KB
@@ -220,12 +223,19 @@ template <std::int64_t kMost, class F>
     f.template operator()<kMost>();
 }
 
+/// Asks for the cache line of an address.
+[[gnu::always_inline]] inline void prefetch(const void* address) {
+    __builtin_prefetch(address);
+}
+
 /// c[r, j] (+)= <row r of a, b[j]> for `columns` <= kNtColumns columns. `depth` is a multiple of
-/// kLanes; all pointers of b can be read.
-template <std::int64_t kRows, std::int64_t kPitch, class T>
+/// kLanes; all pointers of b can be read. What `ahead` points to is asked for in passing, if it is
+/// given: the hardware does not see that the next row begins on another page.
+template <std::int64_t kRows, std::int64_t kPitch, bool kAhead, class T>
 [[gnu::noinline]] void nt_tile(
     const float* a,
     const T* const* b,
+    const T* const* ahead,
     std::int64_t depth,
     float* c,
     std::int64_t c_stride,
@@ -239,6 +249,11 @@ template <std::int64_t kRows, std::int64_t kPitch, class T>
     const T* const b3 = b[3];
     Vector sum[kRows][kNtColumns] = {};
     for (std::int64_t k = 0; k < depth; k += kLanes) {
+        if constexpr (kAhead) {
+            for (std::int64_t j = 0; j < kNtColumns; ++j) {
+                prefetch(ahead[j] + k);
+            }
+        }
         const Vector b_lanes[kNtColumns] = {load(b0 + k), load(b1 + k), load(b2 + k), load(b3 + k)};
 #pragma GCC unroll 16
         for (std::int64_t r = 0; r < kRows; ++r) {
@@ -251,17 +266,22 @@ template <std::int64_t kRows, std::int64_t kPitch, class T>
     }
 #pragma GCC unroll 16
     for (std::int64_t r = 0; r < kRows; ++r) {
-        float total[kLanes];
-        store(total, lane_sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]));
+        const Vector lanes = lane_sums(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+        const Quad total = __builtin_shufflevector(lanes, lanes, 0, 1, 2, 3);
+        float* to = c + r * c_stride;
+        if (columns == kNtColumns) {
+            write(to, add ? read<Quad>(to) + total : total);
+            continue;
+        }
         for (std::int64_t j = 0; j < columns; ++j) {
-            c[r * c_stride + j] = add ? c[r * c_stride + j] + total[j] : total[j];
+            to[j] = add ? to[j] + total[j] : total[j];
         }
     }
 }
 
 /// The product of one tile of rows with every column. A is at `a`, k is where its depth begins, and
-/// b_row(column) gives the rows of B from there on.
-template <std::int64_t kPitch, class T, class Row>
+/// b_row(column) gives the rows of B from there on; kAhead asks for those of the next tile too.
+template <std::int64_t kPitch, bool kAhead, class T, class Row>
 [[gnu::always_inline]] inline void nt_tile_row(
     const Gemm<T>& g,
     std::int64_t row,
@@ -273,15 +293,22 @@ template <std::int64_t kPitch, class T, class Row>
     for (std::int64_t column = 0; column < g.columns; column += kNtColumns) {
         const std::int64_t columns = smaller(kNtColumns, g.columns - column);
         decltype(b_row(column)) b[kNtColumns];
+        decltype(b_row(column)) ahead[kNtColumns];
         for (std::int64_t j = 0; j < kNtColumns; ++j) {
             b[j] = b_row(column + smaller(j, columns - 1));  // a last tile repeats a column
+            ahead[j] = b_row(smaller(column + kNtColumns + j, g.columns - 1));
         }
         float* c = g.c + row * g.c_stride + column;
         with_rows<kNtRows>(smaller(kNtRows, g.rows - row), [&]<std::int64_t kRows>() {
             for (std::int64_t d = 0; d < depth; d += kNtDepth) {
                 const decltype(b_row(column)) b_d[] = {b[0] + d, b[1] + d, b[2] + d, b[3] + d};
+                const decltype(b_row(column)) ahead_d[] = {
+                    ahead[0] + d, ahead[1] + d, ahead[2] + d, ahead[3] + d
+                };
                 const std::int64_t most = smaller(kNtDepth, depth - d);
-                nt_tile<kRows, kPitch>(a + d, b_d, most, c, g.c_stride, columns, k + d > 0);
+                nt_tile<kRows, kPitch, kAhead>(
+                    a + d, b_d, ahead_d, most, c, g.c_stride, columns, k + d > 0
+                );
             }
         });
     }
@@ -303,7 +330,7 @@ void gemm_nt(const Gemm<T>& g) {
         for (std::int64_t k = 0; k == 0 || k < g.depth; k += kNtDirectDepth) {
             const std::int64_t depth = smaller(kNtDirectDepth, g.depth - k);
             copy_a(0, k, depth, kNtDirectPitch);
-            nt_tile_row<kNtDirectPitch>(g, 0, a, k, depth, [&](std::int64_t column) {
+            nt_tile_row<kNtDirectPitch, true>(g, 0, a, k, depth, [&](std::int64_t column) {
                 return g.b[column] + k;
             });
         }
@@ -316,7 +343,7 @@ void gemm_nt(const Gemm<T>& g) {
         }
         for (std::int64_t row = 0; row < g.rows; row += kNtRows) {
             copy_a(row, k, depth, kNtPitch);
-            nt_tile_row<kNtPitch>(g, row, a, k, depth, [&](std::int64_t column) {
+            nt_tile_row<kNtPitch, false>(g, row, a, k, depth, [&](std::int64_t column) {
                 return static_cast<const float*>(b + column * kNtPitch);
             });
         }
@@ -398,8 +425,72 @@ template <class T>
     }
 }
 
+/// c[r, :] (+)= sum over k of a[r * a_stride + k] * b[k, :], kAtOnce rows of B at a time. With few
+/// rows of A every value of B is used once or twice: it is read where it is, whole rows at a time,
+/// while C stays in the L1 cache. The rows after these are asked for in passing.
+template <std::int64_t kRows, std::int64_t kAtOnce, class T>
+[[gnu::noinline]] void nn_rows(
+    const float* a,
+    std::int64_t a_stride,
+    const T* b,
+    std::int64_t b_stride,
+    float* c,
+    std::int64_t c_stride,
+    std::int64_t columns,
+    bool add
+) {
+    for_each_vector(columns, [&](std::int64_t i, auto read_at, auto write_at) {
+        Vector sum[kRows];
+#pragma GCC unroll 16
+        for (std::int64_t r = 0; r < kRows; ++r) {
+            sum[r] = add ? read_at(c + r * c_stride + i) : Vector{};
+        }
+#pragma GCC unroll 16
+        for (std::int64_t k = 0; k < kAtOnce; ++k) {
+            prefetch(b + (kAtOnce + k) * b_stride + i);
+            const Vector b_lanes = read_at(b + k * b_stride + i);
+#pragma GCC unroll 16
+            for (std::int64_t r = 0; r < kRows; ++r) {
+                sum[r] += a[r * a_stride + k] * b_lanes;
+            }
+        }
+#pragma GCC unroll 16
+        for (std::int64_t r = 0; r < kRows; ++r) {
+            write_at(c + r * c_stride + i, sum[r]);
+        }
+    });
+}
+
+template <class T>
+void gemm_nn_few_rows(const Gemm<T>& g) {
+    float* a = g.scratch;
+    with_rows<kNnFewRows>(g.rows, [&]<std::int64_t kRows>() {
+        for (std::int64_t k = 0; k == 0 || k < g.depth; k += kNnDepth) {
+            const std::int64_t depth = smaller(kNnDepth, g.depth - k);
+            for (std::int64_t r = 0; r < kRows; ++r) {
+                to_floats(g.a[r] + k, depth, a + r * kNnPitch);
+            }
+            std::int64_t d = 0;
+            for (; d + kNnAtOnce <= depth; d += kNnAtOnce) {
+                nn_rows<kRows, kNnAtOnce>(
+                    a + d, kNnPitch, g.b[k + d], g.b.stride, g.c, g.c_stride, g.columns, k + d > 0
+                );
+            }
+            for (; d < depth; ++d) {
+                nn_rows<kRows, 1>(
+                    a + d, kNnPitch, g.b[k + d], g.b.stride, g.c, g.c_stride, g.columns, k + d > 0
+                );
+            }
+        }
+    });
+}
+
 template <class T>
 void gemm_nn(const Gemm<T>& g) {
+    if (g.rows <= kNnFewRows && g.depth > 0) {
+        gemm_nn_few_rows(g);
+        return;
+    }
     const std::int64_t panels = (g.columns + kNnColumns - 1) / kNnColumns;
     const std::int64_t most_depth = smaller(kNnDepth, kNnBlock / (panels * kNnColumns));
     float* b = g.scratch;
