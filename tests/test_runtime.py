@@ -130,25 +130,28 @@ def test_torch_computes_what_the_kernel_does(model, tokens: int) -> None:
     torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-5)
 
 
-def test_gradients_flow_to_inputs_and_gates(model) -> None:
-    experts = _experts(model)[0]
-    hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    weights = torch.full((5, 2), 0.5, requires_grad=True)
-    out = experts(hidden, torch.tensor([[0, 2]] * 5), weights)
-    out.square().sum().backward()
-    assert hidden.grad.abs().sum() > 0
-    assert weights.grad.abs().sum() > 0
-    with torch.no_grad():
-        torch.testing.assert_close(out, experts(hidden, torch.tensor([[0, 2]] * 5), weights))
-
-
-def test_weights_can_be_trained(tiny: Tiny) -> None:
+def test_all_weights_can_be_trained_and_get_the_gradients_of_the_masked_model(tiny: Tiny) -> None:
     model = _load(tiny.pruned)
-    model.requires_grad_(True)
-    model(token_ids(), labels=token_ids()).loss.backward()
-    for experts in _experts(model):
-        assert experts.down_proj.grad.isfinite().all()
-        assert experts.gate_up_proj.grad.abs().sum() > 0
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    masked = _masked(tiny, torch.float32).requires_grad_()
+    for trained in (model, masked):
+        trained(token_ids(), labels=token_ids()).loss.backward()
+    layers = adapter.find_experts(masked)
+    for experts, dense, keep in zip(_experts(model), layers, tiny.plan.keep.values(), strict=True):
+        _, up = dense.module.gate_up_proj.grad.chunk(2, dim=1)  # [E, I, H]
+        down = dense.module.down_proj.grad.mT  # [E, I, H]
+        rows = len(experts.down_proj)
+        for expert, (begin, width) in enumerate(
+            zip(experts._offsets, experts.widths, strict=False)
+        ):
+            ours = slice(begin, begin + width)
+            for packed, fused in (
+                (experts.gate_up_proj.grad[rows:][ours], up),
+                (experts.down_proj.grad[ours], down),
+            ):
+                torch.testing.assert_close(
+                    packed, fused[expert, keep[expert]], rtol=1e-4, atol=1e-6
+                )
 
 
 def test_a_token_without_an_expert_gives_zero(model) -> None:

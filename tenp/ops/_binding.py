@@ -39,6 +39,21 @@ def register(
     return overload
 
 
+def register_gradient(
+    op: str,
+    backward: Callable[..., Any],
+    keep: Callable[..., None] | None = None,
+) -> None:
+    """Give the op `tenp::<op>` a gradient.
+
+    Args:
+        op: Its name.
+        backward: `(ctx, gradients of the results)` to the gradients of the arguments.
+        keep: `(ctx, arguments, results)`, called after the op when something is differentiated.
+    """
+    torch.library.register_autograd(f"tenp::{op}", backward, setup_context=keep, lib=_LIBRARY)
+
+
 def call(native: Callable[..., None], device: torch.device, **arguments: Any) -> None:
     """Call a function of `tenp._C` with its tensors borrowed, on the device's current stream.
 

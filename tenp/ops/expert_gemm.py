@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tenp import _C
-from tenp.errors import Unsupported
-from tenp.ops._binding import as_expert_ids, as_gates, call, register
+from tenp.ops._binding import as_expert_ids, as_gates, call, register, register_gradient
+from tenp.ops.expert_gemm_backward import backward, keep_arguments
 
 
 def expert_gemm(
@@ -59,7 +59,7 @@ def expert_gemm(
 
     Raises:
         InvalidArgument: A shape, dtype, device or name that does not fit.
-        Unsupported: In backward: the op has no gradient.
+        Unsupported: In backward, when the gradient itself is to be differentiated.
 
     Note:
         6 S H W FLOPs for S rows of width W. Accumulated in float32; rounded to the dtype twice: m
@@ -89,7 +89,7 @@ def expert_gemm(
         >>> out.tolist()  # 0.5 * (2 neurons of relu(3) * 3), and nothing
         [[9.0, 9.0, 9.0], [0.0, 0.0, 0.0]]
     """
-    out: Tensor = _EXPERT_GEMM(
+    arguments = (
         hidden,
         expert_ids,
         gates,
@@ -105,10 +105,14 @@ def expert_gemm(
         alpha,
         max_width,
     )
-    # Not register_autograd: its detour through Python costs as much as the rest of a small call,
+    out: Tensor
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        out = _EXPERT_GEMM(*arguments)
+        return out
+    # torch's way through a gradient written in Python costs as much as the rest of a small call,
     # even when nothing is differentiated.
-    if out.requires_grad:
-        out.register_hook(_refuse_backward)
+    with torch._C._AutoDispatchBelowAutograd():
+        out = _EXPERT_GEMM(*arguments)
     return out
 
 
@@ -193,10 +197,6 @@ def _fake_expert_gemm(hidden: Tensor, *arguments: object) -> Tensor:
     return hidden.new_empty(hidden.shape)
 
 
-def _refuse_backward(gradient: Tensor) -> None:
-    raise Unsupported("expert_gemm has no gradient: backward cannot pass through it")
-
-
 _EXPERT_GEMM = register(
     "expert_gemm(Tensor hidden, Tensor expert_ids, Tensor gates, Tensor gate_up, Tensor down, "
     "Tensor widths, Tensor neuron_offsets, Tensor? gate_up_bias, Tensor? down_bias, "
@@ -204,3 +204,5 @@ _EXPERT_GEMM = register(
     _expert_gemm,
     _fake_expert_gemm,
 )
+
+register_gradient("expert_gemm", backward, keep_arguments)

@@ -47,7 +47,7 @@ class TenpExperts(nn.Module):
         _, up = family.gate_and_up()
 
         def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(up.new_empty(shape), requires_grad=False)
+            return nn.Parameter(up.new_empty(shape))
 
         self._up_name = "gate_up_proj" if self.has_gate else "up_proj"
         self.register_parameter(self._up_name, empty(joined, up.shape[2]))
@@ -72,12 +72,7 @@ class TenpExperts(nn.Module):
         Returns:
             `[T, H]` in the dtype of `hidden_states`.
         """
-        needs_gradient = torch.is_grad_enabled() and (
-            hidden_states.requires_grad
-            or self.down_proj.requires_grad
-            or top_k_weights.requires_grad
-        )
-        if self._kernel is None or needs_gradient:
+        if self._kernel is None:
             return self._forward_in_torch(hidden_states, top_k_index, top_k_weights)
         activation, limit, alpha = self._kernel
         widths, offsets = self._tables_on(hidden_states.device)
@@ -99,7 +94,7 @@ class TenpExperts(nn.Module):
         )
 
     def _forward_in_torch(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """The same in torch, expert by expert: for gradients, and for a gate that no kernel knows."""
+        """The same in torch, expert by expert: for a gate that no kernel knows."""
         out = torch.zeros(
             hidden.shape[0], self.down_proj.shape[1], dtype=torch.float32, device=hidden.device
         )

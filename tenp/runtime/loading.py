@@ -148,6 +148,11 @@ class TenpQuantizer(HfQuantizer):
         """The weights are ordinary floating-point numbers."""
         return True
 
+    @property
+    def is_qat_trainable(self) -> bool:
+        """All of them may be trained, not adapters alone; transformers asks by this name."""
+        return True
+
 
 class Pack(ConversionOps):
     """Per-expert matrices to one packed parameter.

@@ -29,7 +29,7 @@ from support.tolerance import (
     expert_gemm_tolerance_of_the_whole,
 )
 from tenp import _C
-from tenp.errors import InvalidArgument, Unsupported
+from tenp.errors import InvalidArgument
 from tenp.ops import expert_gemm, neuron_offsets, pack, reference, unpack
 from tenp.ops.expert_gemm import _cpu_workspaces
 
@@ -484,11 +484,3 @@ def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], message: s
     inputs = make_expert_gemm(ExpertGemmCase())
     with pytest.raises(InvalidArgument, match=message):
         expert_gemm(**{**inputs.arguments(), **change})
-
-
-def test_a_backward_pass_is_refused() -> None:
-    inputs = make_expert_gemm(ExpertGemmCase())
-    inputs.gate_up.requires_grad_()
-    out = expert_gemm(**inputs.arguments())
-    with pytest.raises(Unsupported, match="expert_gemm"):
-        out.sum().backward()

@@ -49,6 +49,18 @@ def test_opcheck_of_expert_gemm(bias: bool, max_width: int | None, dtype: torch.
     torch.library.opcheck(OPS.expert_gemm.default, (), arguments)
 
 
+def test_opcheck_of_the_gradient_of_expert_gemm() -> None:
+    inputs = make_expert_gemm(ExpertGemmCase(tokens=7, bias=True))
+    wanted = [True, False, True, False, True, True]
+    of_out = torch.ones_like(inputs.hidden)
+    arguments = {**inputs.arguments(), "wanted": wanted}
+    torch.library.opcheck(OPS.expert_gemm_backward.default, (of_out,), arguments)
+    for tensor in (inputs.hidden, inputs.gates, inputs.gate_up, inputs.down):
+        tensor.requires_grad_()
+    arguments = {**inputs.arguments(), "max_width": 96}
+    torch.library.opcheck(OPS.expert_gemm.default, (), arguments)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
 def test_opcheck_of_route(dtype: torch.dtype) -> None:
     ids = torch.tensor([[0, 2], [1, -1], [2, 2]], dtype=dtype)
