@@ -6,9 +6,11 @@
     python tests/emulation/run_op_tests.py build/emulation [pytest arguments]
 
 The native module of that build, whose CPU arrays go through emulated CUDA kernels, takes the place of
-`tenp._C`; the tests are those of tests/ops.
+`tenp._C`; the tests are those of tests/ops. This file is also the plugin of pytest that puts it there,
+in every process that runs tests.
 """
 
+import os
 import sys
 from importlib import util
 from pathlib import Path
@@ -16,21 +18,28 @@ from pathlib import Path
 import pytest
 
 _TESTS = Path(__file__).parents[1]
+_BUILD_VARIABLE = "TENP_EMULATION_BUILD"
+# The CPU promises more than CUDA, whose path for few tokens adds in another order.
+_SELECTED = "not (depend_on_its_neighbours and not same_path) and not instruction_sets"
 
 
 def main(build_dir: str, *arguments: str) -> int:
-    """Load the module of `build_dir`, then run pytest with the arguments or on all op tests."""
-    (library,) = Path(build_dir).glob("_C.*.so")
+    """Run pytest on the module of `build_dir`, with the arguments or on all op tests."""
+    os.environ[_BUILD_VARIABLE] = str(Path(build_dir).resolve())
+    sys.path[:0] = [str(Path(__file__).parent), str(_TESTS.parent)]
+    options = ["-p", Path(__file__).stem, "-k", _SELECTED]
+    return int(pytest.main([*options, *(arguments or ["-q", str(_TESTS / "ops")])]))
+
+
+def pytest_load_initial_conftests() -> None:
+    """Put the module there before anything imports tenp."""
+    (library,) = Path(os.environ[_BUILD_VARIABLE]).glob("_C.*.so")
     spec = util.spec_from_file_location("tenp._C", library)
     assert spec is not None
     assert spec.loader is not None
     native = util.module_from_spec(spec)
     spec.loader.exec_module(native)
     sys.modules["tenp._C"] = native
-    sys.path[:0] = [str(_TESTS.parent), str(_TESTS)]
-    # The CPU promises more than CUDA, whose path for few tokens adds in another order.
-    options = ["-k", "not (depend_on_its_neighbours and not same_path) and not instruction_sets"]
-    return int(pytest.main(options + (list(arguments) or ["-q", str(_TESTS / "ops")])))
 
 
 if __name__ == "__main__":
