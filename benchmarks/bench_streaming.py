@@ -6,9 +6,11 @@
     python benchmarks/bench_streaming.py --shapes deepseek-v3-layer
 
 For every phase: seconds, GB read from the checkpoint, GB/s, and the peak of the memory held
-(`RssAnon`, sampled every 10 ms). Weights and tokens are random: costs do not depend on their
-values. The checkpoint and what is made of it are removed at the end. Exit code 1 if the peak is
-above the stated memory.
+(`RssAnon`, sampled every 10 ms). Writing is compared with plain copies of a shard, timed in the
+same process before and after it. Weights and tokens are random: costs do not depend on their
+values. What is made is removed at the end; with `--directory` it is kept, and a run that was
+stopped goes on there from the last finished layer. Exit code 1 if the peak is above the stated
+memory.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -99,7 +102,7 @@ def main() -> int:
     parser.add_argument("--stream", choices=("layers", "experts"), help="else what fits")
     parser.add_argument("--keep", type=float, default=0.6)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--directory", type=Path, help="where there is room; else a temporary one")
+    parser.add_argument("--directory", type=Path, help="where a stopped run goes on; kept")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
     parser.add_argument("--note", help="kept in the result, for example what else the machine did")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
@@ -113,16 +116,19 @@ def main() -> int:
     if options.make:
         make_checkpoint(options.make, config)
         return 0
-    root = Path(tempfile.mkdtemp(prefix="tenp-bench-", dir=options.directory))
-    try:
-        return run(root, options)
-    finally:
-        shutil.rmtree(root)
+    if options.directory:
+        return run(options.directory, options)
+    with tempfile.TemporaryDirectory(prefix="tenp-bench-") as root:
+        return run(Path(root), options)
 
 
 def run(root: Path, options: argparse.Namespace) -> int:
-    # In a process of its own, so that nothing it held is counted.
-    subprocess.run([sys.executable, *sys.argv, "--make", str(root / "dense")], check=True)
+    if not (root / "dense").exists():
+        # In a process of its own, so that nothing it held is counted.
+        partial = root / "dense.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        subprocess.run([sys.executable, *sys.argv, "--make", str(partial)], check=True)
+        partial.rename(root / "dense")
     memory = parse_bytes(options.memory)
     how = Execution(options.stream, memory, work_dir=root / "work")
     checkpoint = Checkpoint(root / "dense")
@@ -136,13 +142,13 @@ def run(root: Path, options: argparse.Namespace) -> int:
     forecast: list[str] = []
     commit = _commit()
 
-    with phases("calibrate") as phase, how.work(Group()) as work:
+    with phases("calibrate", root / "calibrate.json") as phase, how.work(Group()) as work:
 
         def progress(its_reader: Reader) -> Any:
             phase["reader"] = its_reader
-            return lambda label, tokens: None
+            return LayerLog(phase, root / "calibrate.json")
 
-        statistics = execution.calibrate_streamed(
+        collected = execution.calibrate_streamed(
             checkpoint,
             source,
             samples,
@@ -157,20 +163,23 @@ def run(root: Path, options: argparse.Namespace) -> int:
         )
         print(*forecast, flush=True)
     with phases("plan"):
-        decided = plan(scoring.score(statistics), statistics, Budget(options.keep))
+        decided = plan(scoring.score(collected), collected, Budget(options.keep))
     begun: list[float] = []
 
     def verify(written: Path) -> None:
         begun.append(time.perf_counter())
         with phases("verify") as phase:
-            phase["reader"] = None
             verification.verify(checkpoint, decided, None, None, written)
             phase["bytes"] = checkpoint.bytes + decided.total_bytes()
 
+    shards = [root / "dense" / shard for shard in checkpoint.shards()]
+    plain_copies = copy_rates(shards[0], root / "copy")
+    forget(*shards)
     with phases("write") as phase:
         pruning.apply(checkpoint, decided, root / "pruned", verify, memory=memory)
         phase["bytes"] = checkpoint.bytes + decided.total_bytes()
         phase["until"] = begun[0]
+    plain_copies += copy_rates(shards[0], root / "copy")
     reader.close()
     record = {
         "shapes": options.shapes,
@@ -183,10 +192,8 @@ def run(root: Path, options: argparse.Namespace) -> int:
         "forecast": forecast[0],
         "peak_anonymous_bytes": max(phase["peak"] for phase in phases.done),
         "kept_share": decided.static_share(),
-        "phases": [
-            {name: value for name, value in phase.items() if name not in ("reader", "until")}
-            for phase in sorted(phases.done, key=lambda phase: phase["begin"])
-        ],
+        "phases": [measured(p) for p in sorted(phases.done, key=lambda phase: phase["begin"])],
+        "plain_copy_bytes_per_second": plain_copies,
         "threads": options.threads,
         "machine": f"{_cpu_model()}, {os.cpu_count()} cores",
         "tenp": tenp.__version__,
@@ -202,7 +209,12 @@ def run(root: Path, options: argparse.Namespace) -> int:
             f"{phase['phase']:<10} {seconds:>9.1f} {moved:>7.1f} {moved / seconds:>6.2f} "
             f"{phase['peak'] / 2**30:>9.2f}"
         )
-        del phase["begin"]
+    written = next(phase for phase in record["phases"] if phase["phase"] == "write")
+    ratios = sorted(written["bytes"] / written["seconds"] / rate for rate in plain_copies)
+    print(
+        f"writing moves bytes at {statistics.median(ratios):.2f} of the rate of a plain copy "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    )
     peak = record["peak_anonymous_bytes"]
     print(f"peak {peak / 2**30:.2f} GiB of {memory / 2**30:.2f} GiB stated")
     if options.out:
@@ -218,14 +230,21 @@ class Phases:
         self.done: list[dict[str, Any]] = []
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[dict[str, Any]]:
-        phase: dict[str, Any] = {"phase": name, "bytes": 0, "begin": time.perf_counter()}
+    def __call__(self, name: str, kept: Path | None = None) -> Iterator[dict[str, Any]]:
+        """Measure a phase; `kept` is what `keep` wrote in runs that were stopped in it."""
+        before = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
+        phase: dict[str, Any] = {
+            "phase": name,
+            "begin": time.perf_counter() - before.get("seconds", 0.0),
+            "bytes_before": before.get("bytes", 0),
+            "peak": max(before.get("peak", 0), anonymous_bytes()),
+            "runs": before.get("runs", 0) + 1,
+        }
         stop = threading.Event()
-        peak = [anonymous_bytes()]
 
         def sample() -> None:
             while not stop.wait(0.01):
-                peak[0] = max(peak[0], anonymous_bytes())
+                phase["peak"] = max(phase["peak"], anonymous_bytes())
 
         sampler = threading.Thread(target=sample, daemon=True)
         sampler.start()
@@ -234,11 +253,61 @@ class Phases:
         finally:
             stop.set()
             sampler.join()
-        phase["seconds"] = phase.get("until", time.perf_counter()) - phase["begin"]
-        phase["peak"] = peak[0]
-        if phase.get("reader") is not None:
-            phase["bytes"] = phase["reader"].bytes
+        phase.update(measured(phase))
         self.done.append(phase)
+
+
+def measured(phase: dict[str, Any]) -> dict[str, Any]:
+    """Return what a phase has taken so far, stopped runs included."""
+    reader = phase.get("reader")
+    return {
+        "phase": phase["phase"],
+        "seconds": phase.get("until", time.perf_counter()) - phase["begin"],
+        "bytes": phase.get("bytes", 0) or phase["bytes_before"] + (reader.bytes if reader else 0),
+        "peak": phase["peak"],
+        "runs": phase["runs"],
+    }
+
+
+class LayerLog:
+    """Prints what the phase has taken when a layer is finished, and keeps it for the next run."""
+
+    def __init__(self, phase: dict[str, Any], kept: Path) -> None:
+        self._phase, self._kept = phase, kept
+        self._layer: str | None = None
+
+    def __call__(self, label: str, tokens: int) -> None:
+        layer = label.split(",")[0]
+        if self._layer not in (None, layer):
+            state = measured(self._phase)
+            self._kept.write_text(json.dumps(state))
+            print(
+                f"{self._layer}: {state['seconds']:.0f} s, {state['bytes'] / 1e9:.1f} GB read, "
+                f"peak {state['peak'] / 2**30:.2f} GiB",
+                flush=True,
+            )
+        self._layer = layer
+
+
+def copy_rates(shard: Path, target: Path, rounds: int = 3) -> list[float]:
+    """Copy a shard that is not in the page cache, and return bytes read and written per second."""
+    rates = []
+    for _ in range(rounds):
+        forget(shard)
+        begin = time.perf_counter()
+        shutil.copyfile(shard, target)
+        with target.open("rb") as file:
+            os.fsync(file)
+        rates.append(2 * shard.stat().st_size / (time.perf_counter() - begin))
+        target.unlink()
+    return rates
+
+
+def forget(*files: Path) -> None:
+    """Take files out of the page cache."""
+    for path in files:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def anonymous_bytes() -> int:
