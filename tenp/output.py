@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a work directory remembers of the output, so that a stopped run neither repeats nor mixes it."""
+"""What stays of a run whose output could not be written, so that it neither repeats nor mixes anything."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from tenp import pruning
+from tenp.errors import CheckpointError
 from tenp.files import require_absent
 from tenp.plan import Plan
+from tenp.statistics import Statistics
 from tenp.workdir import WorkDirectory
 
 
@@ -26,7 +28,7 @@ def is_finished(work: WorkDirectory | None, out: Path, decided: Plan) -> bool:
     if not out.exists():
         return False
     kept = work.read_note("output") if work is not None else None
-    if kept is None or kept["plan"] != decided.digest():
+    if kept is None or kept != _note(out, decided):
         require_absent(out)
     return True
 
@@ -38,4 +40,26 @@ def note(work: WorkDirectory | None, out: Path, decided: Plan) -> None:
     before = work.read_note("output")
     if before is not None and before["plan"] != decided.digest():
         pruning.drop_partial(Path(before["path"]), before["plan"])
-    work.write_note("output", {"path": str(out.resolve()), "plan": decided.digest()})
+    work.write_note("output", _note(out, decided))
+
+
+def _note(out: Path, decided: Plan) -> dict[str, str]:
+    return {"path": str(out.resolve()), "plan": decided.digest()}
+
+
+def keep_statistics(statistics: Statistics, out: Path, error: CheckpointError) -> CheckpointError:
+    """Keep the statistics of a run without a work directory, and return the error that names them.
+
+    Args:
+        statistics: They cost hours, and serve every plan.
+        out: The output that could not be written; the file lies beside it.
+        error: Why. It is returned as it is if the file cannot be written either.
+    """
+    path = out.with_name(f"{out.name}-{statistics.digest()[:12]}.safetensors")
+    try:
+        statistics.save(path)
+    except CheckpointError:
+        return error
+    return CheckpointError(
+        f"{error}; the statistics are kept in {path}, for tenp plan and tenp apply"
+    )

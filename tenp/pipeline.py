@@ -32,7 +32,7 @@ from tenp import (
 from tenp import report as reporting
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
-from tenp.errors import InvalidArgument
+from tenp.errors import CheckpointError, InvalidArgument
 from tenp.evaluation import DomainEvaluation
 from tenp.files import require_absent, require_space
 from tenp.plan import Plan
@@ -42,6 +42,7 @@ from tenp.refitting import Refitting
 from tenp.running import Reporter, Run
 from tenp.statistics import Statistics
 from tenp.text import TextDomain, read_domains
+from tenp.workdir import WorkDirectory
 
 
 def calibrate(
@@ -154,7 +155,6 @@ def apply(
     decided: Plan,
     out: str | Path,
     verify: bool = True,
-    resume: bool = False,
     run: Run | None = None,
     report: Reporter | None = None,
     statistics: Statistics | None = None,
@@ -166,15 +166,32 @@ def apply(
         decided: What is kept.
         out: The new directory.
         verify: Whether to check what was written before it appears.
-        resume: Keep finished shards when the run is stopped, and go on from those that are there.
-        run: Its memory budget, if any, is kept.
+        run: Its memory budget, if any, is kept; with its work directory, shards that were finished
+            before a stop are not written again.
         report: Told of progress.
         statistics: What the plan was made from; needed if it refits weights.
     """
     run = run or Run()
+    with run.execution.work(Group()) as work:
+        _apply(checkpoint, decided, Path(out), verify, run, report, statistics, work)
+
+
+def _apply(
+    checkpoint: Checkpoint,
+    decided: Plan,
+    out: Path,
+    verify: bool,
+    run: Run,
+    report: Reporter | None,
+    statistics: Statistics | None,
+    work: WorkDirectory | None,
+) -> None:
+    if output.is_finished(work, out, decided):
+        return
+    output.note(work, out, decided)
     if decided.experts is not None:
         rebuild = dern.rebuilder(checkpoint, decided, statistics)
-        dropping.apply(checkpoint, decided, Path(out), rebuild, verify)
+        dropping.apply(checkpoint, decided, out, rebuild, verify)
         return
     refit = None if decided.repair is None else Refitting(checkpoint, decided, statistics)
     progress = report("write", checkpoint.bytes, "bytes") if report else None
@@ -183,7 +200,7 @@ def apply(
         seen = report("verify", checkpoint.bytes, "bytes") if report else None
         check = functools.partial(verification.verify, checkpoint, decided, refit, seen)
     memory = run.execution.memory
-    pruning.apply(checkpoint, decided, Path(out), check, resume, memory, progress, refit)
+    pruning.apply(checkpoint, decided, out, check, work is not None, memory, progress, refit)
 
 
 def report(
@@ -302,7 +319,8 @@ def prune(
         plan_options: Further arguments of `plan`.
 
     Raises:
-        TenpError: Something does not fit; nothing is left in `out`.
+        TenpError: Something does not fit; nothing is left in `out`. Without a work directory,
+            statistics of an output that could not be written are kept beside it.
     """
     run = run or Run()
     if budget.method == "best" or plan_options.get("refit"):
@@ -325,18 +343,12 @@ def prune(
         decided = plan(statistics, budget, checkpoint=checkpoint, **plan_options)
         if out is None or group.rank > 0:
             return Pruned(decided, statistics)
-        if not output.is_finished(work, Path(out), decided):
-            output.note(work, Path(out), decided)
-            apply(
-                checkpoint,
-                decided,
-                out,
-                verify,
-                work is not None,
-                run,
-                report,
-                statistics,
-            )
+        try:
+            _apply(checkpoint, decided, Path(out), verify, run, report, statistics, work)
+        except CheckpointError as error:
+            if work is not None:
+                raise
+            raise output.keep_statistics(statistics, Path(out), error) from error
         if not measured_on:
             return Pruned(decided, statistics)
         before = _evaluate(checkpoint, measured_on, run, report=report)

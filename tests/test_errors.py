@@ -312,6 +312,20 @@ def test_a_disk_that_fills_up_on_the_way(
     _assert_refused(result, "out cannot be written: No space left on device")
 
 
+def test_statistics_outlive_an_output_that_cannot_be_written(
+    prune, command: Command, tiny: Tiny, tmp_path: Path, monkeypatch
+) -> None:
+    def write(*arguments) -> None:  # what was written is removed, so there is room for statistics
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "write", write)
+    result = prune(tiny.directory)
+    _assert_refused(result, "out cannot be written: No space left on device; the statistics are ")
+    (kept,) = tmp_path.glob("out-*.safetensors")
+    assert str(kept) in result.err
+    assert command("plan", kept, "--keep", 0.5, "--out", tmp_path / "plan.json").code == 0
+
+
 def test_a_disk_that_fills_up_while_other_files_are_copied(
     command: Command, tiny: Tiny, tmp_path: Path, monkeypatch
 ) -> None:

@@ -62,6 +62,31 @@ def test_a_killed_run_goes_on_to_the_same_bytes(prune: list[object], tmp_path: P
         assert not list(tmp_path.glob(".out*"))
 
 
+def test_a_killed_apply_goes_on_to_the_same_bytes(
+    tiny: Tiny, command: Command, tmp_path: Path
+) -> None:
+    tiny.plan.save(tmp_path / "plan.json")
+    apply = ["apply", tiny.directory, tmp_path / "plan.json", "--quiet", "--no-verify"]
+    assert command(*apply, "--out", tmp_path / "expected").code == 0
+    resumed = [*apply, "--work-dir", tmp_path / "work", "--out", tmp_path / "out"]
+    _, moments = run_and_die(resumed)
+    _restart(tmp_path)
+    code, _ = run_and_die(resumed, moments - 4)
+    assert code == -signal.SIGKILL
+    shards = [path.stat() for path in tmp_path.glob(".out.*/*.safetensors")]
+    assert shards
+    code, left = run_and_die(resumed)
+    assert code == 0
+    assert left < moments
+    assert {path.stat().st_ino for path in (tmp_path / "out").iterdir()} >= {
+        shard.st_ino for shard in shards
+    }
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "expected")
+    assert command(*resumed).code == 0  # finished: nothing to do
+    (tmp_path / "other").mkdir()
+    assert command(*resumed[:-1], tmp_path / "other").code == 2
+
+
 def test_a_finished_command_can_be_repeated(
     prune: list[object], command: Command, tmp_path: Path
 ) -> None:

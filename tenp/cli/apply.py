@@ -22,13 +22,14 @@ def command(
     statistics: options.StatisticsFile = None,
     verify: options.Verify = True,
     memory: options.Memory = None,
+    work_dir: options.WorkDir = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Write the pruned checkpoint, tensor by tensor."""
     decided = Plan.load(plan)
     loaded = None if statistics is None else Statistics.load(statistics)
-    run = pipeline.Run(execution=options.execution(None, memory, None, None))
+    run = pipeline.Run(execution=options.execution(None, memory, None, work_dir))
     with display.progress(quiet, json) as report:
         pipeline.apply(
             Checkpoint.resolve(model),
