@@ -169,6 +169,7 @@ def calibrate_streamed(
     stream = execution.stream
     setup = Setup(stream or "layers", execution.offload or "ram", settings["batch_tokens"])
     if execution.memory is not None:
+        memory.return_freed()
         found = memory.choose(
             model,
             samples,

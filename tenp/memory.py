@@ -9,6 +9,7 @@ plans the same way again.
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,20 @@ from tenp.streaming import READ_AHEAD, Stream
 #: allocator keeps of freed blocks.
 _PROGRAM = 450 << 20
 
+_M_MMAP_THRESHOLD = -3
+
 _UNITS = {"": 0, "k": 10, "m": 20, "g": 30, "t": 40}
+
+
+def return_freed() -> None:
+    """Let the C library give freed blocks of a tensor's size back to the system at once.
+
+    glibc keeps blocks of up to 32 MB for later and, before 2.38, often does not find them again for
+    the aligned blocks that torch asks for: a process then holds gigabytes more than it uses.
+    """
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def parse_bytes(text: str) -> int:
@@ -187,6 +201,9 @@ def _batch_bytes(model: LayerwiseModel, setup: Setup, batch: int, longest: int, 
     experts = max(model.experts.values(), key=lambda experts: experts.width)
     hidden, width = experts.down.shape[1], experts.width
     own = batch * (2 * widest + 4 * hidden) * size + batch * longest * 4  # the mask is [n, n]
+    # Attention that is not fused holds all scores: before, in and after softmax, and which are masked.
+    heads = model.model.config.get_text_config().num_attention_heads
+    own += batch * longest * heads * (3 * size + 1)
     # One expert may get every token: gate, up, m, x and y, and x and its square in float64.
     one = batch * ((3 * width + 3 * hidden) * size + 16 * hidden)
     routed = one + batch * hidden * 8  # the sum of outputs, and its copy in the model's dtype

@@ -19,6 +19,7 @@ from tenp import (
     dropping,
     equivalence,
     evaluation,
+    memory,
     output,
     planning,
     pruning,
@@ -199,8 +200,10 @@ def _apply(
     if verify and run.execution.is_streamed(Group.from_environment(), checkpoint):
         seen = report("verify", checkpoint.bytes, "bytes") if report else None
         check = functools.partial(verification.verify, checkpoint, decided, refit, seen)
-    memory = run.execution.memory
-    pruning.apply(checkpoint, decided, out, check, work is not None, memory, progress, refit)
+    bound = run.execution.memory
+    if bound is not None:
+        memory.return_freed()
+    pruning.apply(checkpoint, decided, out, check, work is not None, bound, progress, refit)
 
 
 def report(
