@@ -17,7 +17,7 @@ from rich.markup import escape
 from tenp.cli.app import app
 from tenp.errors import TenpError
 
-__all__ = ["app", "main"]
+__all__ = ["app", "fail", "main"]
 
 
 def main() -> None:
@@ -28,15 +28,16 @@ def main() -> None:
     try:
         app()
     except TenpError as error:
-        _fail(str(error))
+        fail(str(error))
     except (torch.OutOfMemoryError, MemoryError) as error:
         reason = str(error).strip().split("\n")[0]
-        _fail(f"out of memory; a smaller --batch-tokens or --max-length needs less: {reason}")
+        fail(f"out of memory; a smaller --batch-tokens or --max-length needs less: {reason}")
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _fail(message: str) -> NoReturn:
+def fail(message: str) -> NoReturn:
+    """Print one sentence on stderr and leave with exit code 2."""
     line = " ".join(message.split())
     Console(stderr=True).print(
         f"[bold red]tenp:[/] {escape(line)}", soft_wrap=True, highlight=False
