@@ -135,7 +135,10 @@ class Checkpoint:
             return cls(
                 snapshot_download(
                     str(model),
-                    allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+                    allow_patterns=[
+                        *("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"),
+                        *("README.md", "LICENSE*"),  # a pruned copy stays under the licence
+                    ],
                 )
             )
         except HFValidationError:

@@ -35,7 +35,8 @@ from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
 from tenp.errors import CheckpointError, InvalidArgument
 from tenp.evaluation import DomainEvaluation
-from tenp.files import require_absent, require_space
+from tenp.files import require_absent, require_space, write_atomically
+from tenp.model_card import Cost, model_card
 from tenp.plan import Plan
 from tenp.planning import Budget, UnderCovered
 from tenp.reconstruction import Prediction
@@ -355,5 +356,24 @@ def prune(
         if not measured_on:
             return Pruned(decided, statistics)
         before = _evaluate(checkpoint, measured_on, run, report=report)
-        after = _evaluate(Checkpoint(out), measured_on, run, checkpoint, report)
+        written = Checkpoint(out)
+        after = _evaluate(written, measured_on, run, checkpoint, report)
+        card = _card_with_costs(checkpoint, written, decided, before, after)
+        write_atomically(Path(out) / "README.md", card.encode())
         return Pruned(decided, statistics, before, after)
+
+
+def _card_with_costs(
+    checkpoint: Checkpoint,
+    written: Checkpoint,
+    decided: Plan,
+    before: Sequence[DomainEvaluation],
+    after: Sequence[DomainEvaluation],
+) -> str:
+    costs = [
+        Cost(dense.domain, dense.tokens, dense.perplexity, pruned.perplexity, pruned.divergence)
+        for dense, pruned in zip(before, after, strict=True)
+        if pruned.divergence is not None
+    ]
+    method = (written.config.get("quantization_config") or {}).get("quant_method")
+    return model_card(checkpoint, decided, needs_tenp=method == "tenp", costs=costs)

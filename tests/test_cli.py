@@ -2,6 +2,8 @@
 """Every command does its stage, speaks JSON when asked, and writes nothing when told not to."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,22 @@ def test_prune_prints_one_json_document(
     assert content["before"][0]["divergence"] is None
     assert content["after"][0]["divergence"] > 0
     assert 0 <= content["after"][0]["agreement"] <= 1
+
+
+def test_the_card_has_what_it_cost_and_a_command_that_decides_the_same(
+    command: Command, tiny: Tiny, texts: list[Path], tmp_path: Path
+) -> None:
+    chosen = ("--alpha", 0.2, "--deep", 3, "--neurons", "l2", "--domain-weight", "b=2")
+    measured = ("--width-multiple", 2, "--evaluate", texts[0], "--json")
+    content = command(*_prune(tiny, texts, tmp_path / "out"), *chosen, *measured).json()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| {content['before'][0]['perplexity']:.3f} " in card
+    assert f"| {content['after'][0]['divergence']:.4f} " in card
+    [line] = re.findall(r"^tenp (prune .*)$", card, flags=re.MULTILINE)
+    ours = {tiny.directory.name: [tiny.directory], "TEXT...": texts, "DIR": [tmp_path / "again"]}
+    arguments = [value for word in shlex.split(line) for value in ours.get(word, [word])]
+    again = command(*arguments, "--dry-run", "--json", "--quiet").json()
+    assert again["plan"] == content["plan"]
 
 
 def test_prune_shows_the_plan_and_what_it_cost(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 
 from support.fixtures import Tiny, files_of
@@ -80,9 +81,19 @@ def test_the_card_keeps_the_licence(tiny: Tiny, tmp_path: Path) -> None:
 def test_the_plan_and_a_card_lie_beside_the_weights(tiny: Tiny) -> None:
     assert Plan.load(tiny.pruned / pruning.PLAN_FILE).digest() == tiny.plan.digest()
     card = (tiny.pruned / "README.md").read_text()
-    assert card.startswith("---\nbase_model: ")
+    metadata = metadata_load(tiny.pruned / "README.md")
+    assert metadata["base_model"] == tiny.directory.name
+    assert metadata["base_model_relation"] == "quantized"
+    assert {"library_name", "pipeline_tag", "tags"} <= metadata.keys()
     assert f"{tiny.plan.static_share():.2%}" in card
     assert "import tenp" in card
+    assert "was not measured" in card
+
+
+def test_the_card_names_the_model_on_the_hub(tiny: Tiny, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--acme--Small-MoE" / "snapshots" / "0123abcd"
+    shutil.copytree(tiny.directory, snapshot)
+    assert "base_model: acme/Small-MoE\n" in model_card(Checkpoint(snapshot), tiny.plan, True)
 
 
 def test_two_runs_write_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
