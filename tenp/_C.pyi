@@ -91,6 +91,8 @@ def expert_gemm(
     neuron_offsets: _Array,
     gate_up_bias: _Array | None,
     down_bias: _Array | None,
+    gate_up_scale: _Array | None,
+    down_scale: _Array | None,
     out: _Array,
     workspace: _Array,
     activation: str,

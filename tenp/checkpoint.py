@@ -30,6 +30,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tenp.errors import CheckpointError
+from tenp.quantization import scale_name
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -62,7 +63,7 @@ class TensorEntry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int = 0  # where its bytes begin in the file
-    scales: TensorEntry | None = None  # of its blocks, if it is stored in float8
+    scales: TensorEntry | None = None  # of its blocks in float8, of its neurons in int8
     stored_dtype: torch.dtype | None = None  # in the file, if another than `dtype`
 
     @property
@@ -91,7 +92,8 @@ class Checkpoint:
         directory: Where it lies.
         config: `config.json` as it is; without its quantization when float8 is read as bfloat16.
         tensors: Name to entry, in the order of shards and then of names. Weights in float8 with a
-            scale per block appear as the bfloat16 weights that they stand for, without their scales.
+            scale per block appear as the bfloat16 weights that they stand for, without their scales;
+            int8 weights of tenp as weights in the dtype of their scales.
         block: `[rows, columns]` of a block of float8 weights, or None.
 
     Args:
@@ -121,6 +123,8 @@ class Checkpoint:
         if self.block is not None:
             self.config = {k: v for k, v in self.config.items() if k != "quantization_config"}
             self.tensors = _dequantized(self.tensors)
+        elif (self.config.get("quantization_config") or {}).get("weights") == "int8":
+            self.tensors = _dequantized_int8(self.tensors)
 
     @classmethod
     def resolve(cls, model: str | Path) -> Checkpoint:
@@ -299,6 +303,21 @@ def _dequantized(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
                 entry, dtype=torch.bfloat16, stored_dtype=entry.dtype, scales=scales
             )
         shown[name] = entry
+    return shown
+
+
+def _dequantized_int8(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Show int8 weights in the dtype of their scales and hide these."""
+    hidden = {scale_name(name) for name, entry in tensors.items() if entry.dtype == torch.int8}
+    shown = {}
+    for name, entry in tensors.items():
+        scales = tensors.get(scale_name(name)) if entry.dtype == torch.int8 else None
+        if scales is not None:
+            entry = dataclasses.replace(
+                entry, dtype=scales.dtype, stored_dtype=torch.int8, scales=scales
+            )
+        if name not in hidden:
+            shown[name] = entry
     return shown
 
 

@@ -14,7 +14,7 @@ from tenp import adapter, evaluation
 from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError
 from tenp.plan import Plan
-from tenp.refitting import Refitting
+from tenp.rounding import Change
 
 #: float32 sums in another order differ by about 1e-6 of the largest logit in models of some layers.
 _EQUIVALENCE_BOUND = 1e-5
@@ -24,12 +24,12 @@ _EQUIVALENCE_BOUND = 1e-5
 _CHANGED_CHOICES_BOUND = 0.01
 
 
-def check(checkpoint: Checkpoint, decided: Plan, refit: Refitting | None, written: Path) -> None:
-    """Compare a written checkpoint with the dense model, its pruned neurons silenced, others refitted."""
+def check(checkpoint: Checkpoint, decided: Plan, change: Change | None, written: Path) -> None:
+    """Compare a written checkpoint with the dense model: pruned neurons silenced, others refitted or rounded."""
     dense = adapter.load_model(checkpoint.directory, torch.float32)
-    if refit is not None:
+    if change is not None:
         for experts in adapter.find_experts(dense):
-            refit.fill(experts)
+            change.fill(experts)
     evaluation.mask_neurons(dense, decided)
     vocabulary = adapter.vocabulary(dense)
     ids = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))

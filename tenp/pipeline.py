@@ -26,6 +26,7 @@ from tenp import (
     reconstruction,
     refitting,
     repair,
+    rounding,
     running,
     scoring,
     verification,
@@ -33,12 +34,13 @@ from tenp import (
 from tenp import report as reporting
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
-from tenp.errors import CheckpointError, InvalidArgument
+from tenp.errors import CheckpointError, InvalidArgument, Unsupported
 from tenp.evaluation import DomainEvaluation
 from tenp.files import require_absent, require_space, write_atomically
 from tenp.model_card import Cost, model_card
 from tenp.plan import Plan
 from tenp.planning import Budget, UnderCovered
+from tenp.quantization import Int8
 from tenp.reconstruction import Prediction
 from tenp.refitting import Refitting
 from tenp.running import Reporter, Run
@@ -160,7 +162,8 @@ def apply(
     run: Run | None = None,
     report: Reporter | None = None,
     statistics: Statistics | None = None,
-) -> None:
+    weights: str | None = None,
+) -> Mapping[str, float] | None:
     """Write the pruned checkpoint; with `verify`, reload it and compare it with the masked dense model.
 
     Args:
@@ -172,10 +175,26 @@ def apply(
             before a stop are not written again.
         report: Told of progress.
         statistics: What the plan was made from; needed if it refits weights.
+        weights: `int8` stores the experts' matrices in 8 bits with a scale per neuron; None, in the
+            dtype of the checkpoint.
+
+    Returns:
+        For `int8`, by how much the weights changed: see `tenp.quantization.Int8.error`.
     """
     run = run or Run()
+    if weights not in (None, "int8"):
+        raise InvalidArgument(f"weights must be int8 or None, got {weights}")
+    int8 = None if weights is None else Int8()
+    if int8 is not None and decided.experts is not None:
+        raise Unsupported(
+            f"int8 weights need a plan that narrows experts, got one of method {decided.settings['method']}; "
+            "quantize its stock checkpoint with another tool"
+        )
+    if int8 is not None and run.execution.work_dir is not None:
+        raise Unsupported("int8 weights are written in one go; leave out the work directory")
     with run.execution.work(Group()) as work:
-        _apply(checkpoint, decided, Path(out), verify, run, report, statistics, work)
+        _apply(checkpoint, decided, Path(out), verify, run, report, statistics, work, int8)
+    return None if int8 is None else int8.error()
 
 
 def _apply(
@@ -187,6 +206,7 @@ def _apply(
     report: Reporter | None,
     statistics: Statistics | None,
     work: WorkDirectory | None,
+    int8: Int8 | None = None,
 ) -> None:
     if output.is_finished(work, out, decided):
         return
@@ -197,14 +217,15 @@ def _apply(
         return
     refit = None if decided.repair is None else Refitting(checkpoint, decided, statistics)
     progress = report("write", checkpoint.bytes, "bytes") if report else None
-    check = functools.partial(equivalence.check, checkpoint, decided, refit) if verify else None
+    change = rounding.change_of(checkpoint, refit, int8 is not None) if verify else None
+    check = functools.partial(equivalence.check, checkpoint, decided, change) if verify else None
     if verify and run.execution.is_streamed(Group.from_environment(), checkpoint):
         seen = report("verify", checkpoint.bytes, "bytes") if report else None
-        check = functools.partial(verification.verify, checkpoint, decided, refit, seen)
+        check = functools.partial(verification.verify, checkpoint, decided, change, seen)
     bound = run.execution.memory
     if bound is not None:
         memory.return_freed()
-    pruning.apply(checkpoint, decided, out, check, work is not None, bound, progress, refit)
+    pruning.apply(checkpoint, decided, out, check, work is not None, bound, progress, refit, int8)
 
 
 def report(

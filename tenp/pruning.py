@@ -24,6 +24,7 @@ from tenp.errors import CheckpointError, InvalidArgument, PlanError, Unsupported
 from tenp.files import new_directory, partial_of, resumable_directory
 from tenp.model_card import model_card
 from tenp.plan import Plan
+from tenp.quantization import Int8, scale_name
 from tenp.reading import Reader
 from tenp.source import Source
 from tenp.writing import write_shards
@@ -75,6 +76,7 @@ def apply(
     memory: int | None = None,
     progress: Callable[[str, int], None] | None = None,
     refit: Callable[[ExpertTensor, Tensor], Tensor] | None = None,
+    int8: Int8 | None = None,
 ) -> None:
     """Write the pruned checkpoint.
 
@@ -87,6 +89,7 @@ def apply(
         memory: Bytes that tensors in flight may take.
         progress: Called with (shard, source bytes) after every tensor.
         refit: Changes the tensors of experts before they are narrowed; `tenp.refitting.Refitting`.
+        int8: Quantizes the experts' matrices after that; None leaves them in their dtype.
 
     Raises:
         PlanError: The plan is for another checkpoint or does not fit it.
@@ -99,7 +102,8 @@ def apply(
     tensors = _expert_tensors(checkpoint, model)
     _check_fit(plan, list(experts.values()))
     uniform = plan.uniform_width()
-    fields = adapter.config_of_width(config, uniform) if uniform else None
+    stock = uniform and int8 is None  # transformers knows no int8 experts
+    fields = adapter.config_of_width(config, uniform) if uniform and stock else None
     if fields is not None:
         new_config = _with_fields(checkpoint.config, fields)
     else:
@@ -113,8 +117,18 @@ def apply(
                 "quant_method": "tenp",
                 "version": 1,
                 "widths": widths,
+                **({} if int8 is None else {"version": 2, "weights": "int8"}),
             },
         }
+
+    def quantized(name: str, tensor: Tensor, part: str) -> Iterator[tuple[str, Tensor]]:
+        if int8 is None or name.endswith("bias"):
+            yield name, tensor
+            return
+        neurons = 1 if part == "down" else 0
+        q, scale = int8(tensor, neurons)
+        yield name, q
+        yield scale_name(name), scale.unsqueeze(1 - neurons)
 
     def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         if name not in tensors:
@@ -125,11 +139,14 @@ def apply(
         if refit is not None:
             tensor = refit(part, tensor)
         if part.expert is not None:
-            yield name, _narrow(tensor, part.part, keep[part.expert])
+            yield from quantized(name, _narrow(tensor, part.part, keep[part.expert]), part.part)
         elif fields is not None:
             yield name, experts[part.experts].select_neurons(part.part, tensor, keep)
         else:
-            yield from _split_fused(tensor, part, keep, experts[part.experts])
+            for new_name, projection, matrix in _split_fused(
+                tensor, part, keep, experts[part.experts]
+            ):
+                yield from quantized(new_name, matrix, projection)
 
     rewrite(
         checkpoint,
@@ -280,14 +297,15 @@ def _narrow(tensor: Tensor, part: str, keep: Tensor) -> Tensor:
 
 def _split_fused(
     tensor: Tensor, part: ExpertTensor, keep: Tensor, experts: Experts
-) -> Iterator[tuple[str, Tensor]]:
-    """One tensor of all experts to one per expert and projection, in the layout of per-expert families."""
+) -> Iterator[tuple[str, str, Tensor]]:
+    """One tensor of all experts to (name, projection, matrix) per expert, as per-expert families have them."""
     for projection, stacked in experts.projections(part.part, tensor):
         is_bias = part.part.endswith("_bias")
         for expert, matrix in enumerate(stacked):
             name = f"{part.experts}.{expert}.{projection}_proj.{'bias' if is_bias else 'weight'}"
             yield (
                 name,
+                projection,
                 matrix
                 if projection == "down" and is_bias
                 else _narrow(matrix, projection, keep[expert]),

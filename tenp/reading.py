@@ -46,7 +46,7 @@ class Reader:
         }
 
     def read(self, name: str, first: int = 0, count: int | None = None) -> Tensor:
-        """Return a tensor; float8 weights with scales as bfloat16.
+        """Return a tensor; weights with scales in the dtype that the checkpoint shows them in.
 
         Args:
             name: Of the tensor.
@@ -58,10 +58,13 @@ class Reader:
         """
         entry = self.checkpoint.tensors[name]
         if entry.scales is not None:
-            assert self.checkpoint.block is not None
             weight = self._read(entry, entry.shape, 0)
             scales = self._read(entry.scales, entry.scales.shape, 0)
-            whole = dequantize(weight, scales, self.checkpoint.block).to(entry.dtype)
+            block = self.checkpoint.block
+            product = (
+                weight * scales.float() if block is None else dequantize(weight, scales, block)
+            )
+            whole = product.to(entry.dtype)
             return whole if count is None else whole[first : first + count]
         if count is None:
             return self._read(entry, entry.shape, 0)

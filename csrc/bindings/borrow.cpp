@@ -22,6 +22,7 @@ std::optional<DType> dtype_of(const DLDataType& type) {
     if (is(kDLFloat, 64)) return DType::kFloat64;
     if (is(kDLInt, 32)) return DType::kInt32;
     if (is(kDLInt, 64)) return DType::kInt64;
+    if (is(kDLInt, 8)) return DType::kInt8;
     if (is(kDLUInt, 8)) return DType::kUInt8;
     return std::nullopt;
 }

@@ -225,6 +225,8 @@ void expert_gemm(
     const py::object& neuron_offsets,
     const py::object& gate_up_bias,
     const py::object& down_bias,
+    const py::object& gate_up_scale,
+    const py::object& down_scale,
     const py::object& out,
     const py::object& workspace,
     const std::string& activation,
@@ -245,6 +247,8 @@ void expert_gemm(
     const Borrowed neuron_offsets_(op, "neuron_offsets", neuron_offsets);
     const Borrowed gate_up_bias_(op, "gate_up_bias", gate_up_bias);
     const Borrowed down_bias_(op, "down_bias", down_bias);
+    const Borrowed gate_up_scale_(op, "gate_up_scale", gate_up_scale);
+    const Borrowed down_scale_(op, "down_scale", down_scale);
     const Borrowed out_(op, "out", out);
     const Borrowed workspace_(op, "workspace", workspace);
     const tenp::ExpertGemmArgs args{
@@ -257,6 +261,8 @@ void expert_gemm(
         .neuron_offsets = neuron_offsets_.view(),
         .gate_up_bias = gate_up_bias_.view(),
         .down_bias = down_bias_.view(),
+        .gate_up_scale = gate_up_scale_.view(),
+        .down_scale = down_scale_.view(),
         .activation = activation_of(activation),
         .gated = gated,
         .limit = limit,
@@ -359,8 +365,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def(
         "expert_gemm", &expert_gemm, arg("hidden"), arg("expert_ids"), arg("gates"), arg("gate_up"),
         arg("down"), arg("widths"), arg("neuron_offsets"), arg("gate_up_bias"), arg("down_bias"),
-        arg("out"), arg("workspace"), arg("activation"), arg("gated"), arg("limit"), arg("alpha"),
-        arg("max_width") = -1, arg("allow_tf32") = false, arg("stream") = 0
+        arg("gate_up_scale"), arg("down_scale"), arg("out"), arg("workspace"), arg("activation"),
+        arg("gated"), arg("limit"), arg("alpha"), arg("max_width") = -1, arg("allow_tf32") = false,
+        arg("stream") = 0
     );
     m.def(
         "expert_gemm_workspace_bytes",

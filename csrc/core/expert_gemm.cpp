@@ -8,6 +8,7 @@
 #include "core/backend.h"
 #include "core/checks.h"
 #include "core/dispatch.h"
+#include "tenp/error.h"
 
 namespace tenp {
 namespace {
@@ -56,6 +57,8 @@ void expert_gemm(const ExpertGemmArgs& args, Stream stream) {
     const Named neuron_offsets{"neuron_offsets", args.neuron_offsets};
     const Named gate_up_bias{"gate_up_bias", args.gate_up_bias};
     const Named down_bias{"down_bias", args.down_bias};
+    const Named gate_up_scale{"gate_up_scale", args.gate_up_scale};
+    const Named down_scale{"down_scale", args.down_scale};
     const Named out{"out", args.out};
     const Named workspace{"workspace", args.workspace};
 
@@ -75,8 +78,16 @@ void expert_gemm(const ExpertGemmArgs& args, Stream stream) {
     check.array(expert_ids, DType::kInt32, {tokens, per_token});
     check.rows("expert_ids", tokens, per_token);
     check.array(gates, DType::kFloat32, {tokens, per_token});
-    check.array(gate_up, dtype, {gate_up_rows, hidden_size});
-    check.array(down, dtype, {rows, hidden_size});
+    const bool is_int8 = args.down.dtype == DType::kInt8;
+    const DType weights = is_int8 ? DType::kInt8 : dtype;
+    check.array(gate_up, weights, {gate_up_rows, hidden_size});
+    check.array(down, weights, {rows, hidden_size});
+    if (is_int8) {
+        check.array(gate_up_scale, dtype, {gate_up_rows});
+        check.array(down_scale, dtype, {rows});
+    } else if (args.gate_up_scale.data != nullptr || args.down_scale.data != nullptr) {
+        check.fail("gate_up_scale, down_scale", "absent for weights that are no int8", "given");
+    }
     check.array(widths, DType::kInt32, {experts});
     check.array(neuron_offsets, DType::kInt32, {experts + 1});
     if (args.gate_up_bias.data != nullptr) {
@@ -98,6 +109,9 @@ void expert_gemm(const ExpertGemmArgs& args, Stream stream) {
         }
     }
     const bool on_cpu = check.device() == Device::kCpu;
+    if (is_int8 && !on_cpu) {
+        throw Unsupported("expert_gemm: int8 weights have no CUDA kernel; dequantize them");
+    }
     if (!on_cpu && args.max_width < 0) {
         check.fail("max_width", "given for CUDA arrays", std::to_string(args.max_width));
     }
@@ -107,8 +121,8 @@ void expert_gemm(const ExpertGemmArgs& args, Stream stream) {
         expert_gemm_workspace_bytes(tokens, per_token, hidden_size, experts, max_width, dtype)
     );
     check.apart(
-        {out, workspace},
-        {hidden, expert_ids, gates, gate_up, down, widths, neuron_offsets, gate_up_bias, down_bias}
+        {out, workspace}, {hidden, expert_ids, gates, gate_up, down, widths, neuron_offsets,
+                           gate_up_bias, down_bias, gate_up_scale, down_scale}
     );
 
     if (on_cpu) {

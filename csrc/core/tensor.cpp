@@ -11,6 +11,7 @@ const char* dtype_name(DType dtype) noexcept {
         case DType::kFloat64: return "float64";
         case DType::kInt32: return "int32";
         case DType::kInt64: return "int64";
+        case DType::kInt8: return "int8";
         case DType::kUInt8: return "uint8";
     }
     return "unknown";
@@ -24,6 +25,7 @@ std::size_t dtype_size(DType dtype) noexcept {
         case DType::kBFloat16: return 2;
         case DType::kFloat64:
         case DType::kInt64: return 8;
+        case DType::kInt8:
         case DType::kUInt8: return 1;
     }
     return 1;

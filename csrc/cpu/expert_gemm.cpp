@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include "core/backend.h"
@@ -105,7 +106,8 @@ struct Task {
     std::int64_t columns;
 };
 
-template <class T>
+/// W is the type of the weights: T or int8.
+template <class T, class W>
 class Layer {
  public:
     Layer(const ExpertGemmArgs& args, const Workspace& workspace, std::int64_t max_width)
@@ -202,9 +204,9 @@ class Layer {
                 weight_rows[columns++] = matrix * packed_rows + first_neuron + neuron;
             }
         }
-        kernels().of<T>().gemm_nt({
+        gemm_nt({
             .a = {data<const T>(args_.hidden), args_.hidden.stride[0], tokens},
-            .b = {data<const T>(args_.gate_up), hidden_size(), weight_rows},
+            .b = {data<const W>(args_.gate_up), hidden_size(), weight_rows},
             .c = products,
             .c_stride = kGemmColumns,
             .rows = task.rows,
@@ -213,6 +215,8 @@ class Layer {
             .scratch = gemm_scratch,
         });
 
+        const std::int64_t first_up = first_neuron + (args_.gated ? packed_rows : 0);
+        const auto* scale = data<const T>(args_.gate_up_scale);
         const auto* bias = data<const T>(args_.gate_up_bias);
         Activate<T> activate{
             .count = task.columns,
@@ -220,9 +224,13 @@ class Layer {
             .limit = args_.limit,
             .alpha = args_.alpha,
         };
+        if (scale != nullptr) {
+            activate.gate_scale = scale + first_neuron;
+            activate.up_scale = scale + first_up;
+        }
         if (bias != nullptr) {
             activate.gate_bias = bias + first_neuron;
-            activate.up_bias = bias + first_neuron + (args_.gated ? packed_rows : 0);
+            activate.up_bias = bias + first_up;
         }
         for (std::int64_t row = 0; row < task.rows; ++row) {
             const float* product = products + row * kGemmColumns;
@@ -237,10 +245,12 @@ class Layer {
     void compute_outputs(const Task& task) {
         thread_local Scratch scratch;
         float* y = outputs_ + task.row * hidden_size() + task.column;
-        kernels().of<T>().gemm_nn({
+        const auto* scale = data<const T>(args_.down_scale);
+        gemm_nn({
             .a = {activations_ + task.row * max_width_, max_width_},
+            .a_scale = scale == nullptr ? nullptr : scale + packed_row(task.expert),
             .b =
-                {data<const T>(args_.down) + packed_row(task.expert) * hidden_size() + task.column,
+                {data<const W>(args_.down) + packed_row(task.expert) * hidden_size() + task.column,
                  hidden_size()},
             .c = y,
             .c_stride = hidden_size(),
@@ -276,6 +286,22 @@ class Layer {
             .out = data<T>(args_.out) + (first_token_ + token) * args_.out.stride[0],
             .count = hidden_size(),
         });
+    }
+
+    static void gemm_nt(const Gemm<T, W>& gemm) {
+        if constexpr (std::is_same_v<T, W>) {
+            kernels().of<T>().gemm_nt(gemm);
+        } else {
+            kernels().of<T>().gemm_nt_int8(gemm);
+        }
+    }
+
+    static void gemm_nn(const Gemm<T, W>& gemm) {
+        if constexpr (std::is_same_v<T, W>) {
+            kernels().of<T>().gemm_nn(gemm);
+        } else {
+            kernels().of<T>().gemm_nn_int8(gemm);
+        }
     }
 
     std::int64_t packed_row(std::int64_t expert) const {
@@ -320,10 +346,16 @@ void expert_gemm(const ExpertGemmArgs& args) {
     workspace.place(args.workspace.data);
 
     const std::int64_t chunk = tokens_per_chunk(tokens, per_token);
-    dispatch(args.hidden.dtype, Floats{}, [&]<class T>() {
-        Layer<T> layer(args, workspace, max_width);
+    const auto run = [&](auto layer) {
         for (std::int64_t token = 0; token < tokens; token += chunk) {
             layer.run(token, std::min(chunk, tokens - token));
+        }
+    };
+    dispatch(args.hidden.dtype, Floats{}, [&]<class T>() {
+        if (args.down.dtype == DType::kInt8) {
+            run(Layer<T, std::int8_t>(args, workspace, max_width));
+        } else {
+            run(Layer<T, T>(args, workspace, max_width));
         }
     });
 }

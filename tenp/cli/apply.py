@@ -19,6 +19,7 @@ def command(
     model: options.Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A file of `tenp plan`.")],
     out: options.Out,
+    weights: options.Weights = options.WeightsName.keep,
     statistics: options.StatisticsFile = None,
     verify: options.Verify = True,
     memory: options.Memory = None,
@@ -31,7 +32,7 @@ def command(
     loaded = None if statistics is None else Statistics.load(statistics)
     run = pipeline.Run(execution=options.execution(None, memory, None, work_dir))
     with display.progress(quiet, json) as report:
-        pipeline.apply(
+        error = pipeline.apply(
             Checkpoint.resolve(model),
             decided,
             out,
@@ -39,5 +40,6 @@ def command(
             run=run,
             report=report,
             statistics=loaded,
+            weights="int8" if weights is options.WeightsName.int8 else None,
         )
-    display.show_plan(decided, json)
+    display.show_applied(decided, error, out, json)

@@ -10,8 +10,9 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -305,6 +306,31 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         print_json(plan_summary(plan))
     else:
         print_plan(plan)
+
+
+def show_applied(plan: Plan, error: Mapping[str, float] | None, out: Path, as_json: bool) -> None:
+    """Print a plan that was carried out, and what int8 changed in the weights, if it did."""
+    if error is None:
+        show_plan(plan, as_json)
+        return
+    stored = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    if as_json:
+        summary = plan_summary(plan)
+        before = summary["bytes"]["before"]
+        print_json(
+            {
+                **summary,
+                "bytes": {"before": before, "after": stored},
+                "weights": {"dtype": "int8", **error},
+            }
+        )
+        return
+    print_plan(plan)
+    print(
+        f"int8 weights: {stored / 2**20:,.1f} MiB stored; they differ from the kept ones by "
+        f"{error['relative_error']:.2%} (root mean square), at most {error['largest_error_in_steps']:.2f} "
+        "of a neuron's step"
+    )
 
 
 def show_statistics(measured: Statistics, as_json: bool) -> None:

@@ -92,6 +92,13 @@ class RepairName(str, Enum):
     ls = "ls"
 
 
+class WeightsName(str, Enum):
+    """The values of --weights."""
+
+    keep = "keep"
+    int8 = "int8"
+
+
 class StreamName(str, Enum):
     """The values of --stream."""
 
@@ -308,6 +315,12 @@ Pruned = Annotated[
         metavar="DIR",
         help="A checkpoint pruned from the model: calibrate every layer on what the pruned layers before it put "
         "out, instead of the dense ones.",
+    ),
+]
+Weights = Annotated[
+    WeightsName,
+    typer.Option(
+        help="keep: the experts' weights stay in their dtype. int8: 8 bits and a scale per neuron."
     ),
 ]
 Verify = Annotated[

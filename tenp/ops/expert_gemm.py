@@ -22,6 +22,8 @@ def expert_gemm(
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     activation: str = "silu",
     gated: bool = True,
     limit: float = 0.0,
@@ -38,13 +40,16 @@ def expert_gemm(
         hidden: `[T, H]`, float32, bfloat16 or float16, rows of any stride. x.
         expert_ids: `[T, k]`, any integer dtype. An id outside `0..E-1` names no expert.
         gates: `[T, k]`, floating point. g.
-        gate_up: `[2R, H]`, dtype of `hidden`. Gate rows, then up rows, packed by
+        gate_up: `[2R, H]`, dtype of `hidden` or int8. Gate rows, then up rows, packed by
             `expert_layout.pack`; `[R, H]` without a gate.
-        down: `[R, H]`, dtype of `hidden`. One row per neuron.
+        down: `[R, H]`, dtype of `gate_up`. One row per neuron.
         widths: `[E]`, int32. Neurons of each expert, W_e; 0 is legal and leaves only `down_bias`.
         neuron_offsets: `[E+1]`, int32. `expert_layout.neuron_offsets(widths)`.
         gate_up_bias: `[2R]` (`[R]` without a gate), dtype of `hidden`, or None.
         down_bias: `[E, H]`, dtype of `hidden`, or None.
+        gate_up_scale: `[2R]` (`[R]` without a gate), dtype of `hidden`. With int8 weights only: what
+            their rows are multiplied by.
+        down_scale: `[R]`, dtype of `hidden`. With int8 weights only.
         activation: "silu", "gelu" (by erf), "gelu_tanh", "relu", "relu2" (relu squared) or
             "swiglu_oai", which is m = (up + 1) * gate * sigmoid(alpha * gate) after gate was
             clamped to at most `limit` and up to `-limit..limit`.
@@ -59,7 +64,8 @@ def expert_gemm(
 
     Raises:
         InvalidArgument: A shape, dtype, device or name that does not fit.
-        Unsupported: In backward, when the gradient itself is to be differentiated.
+        Unsupported: In backward, when the gradient itself is to be differentiated, or the weights are
+            int8. Int8 weights on CUDA.
 
     Note:
         6 S H W FLOPs for S rows of width W. Accumulated in float32; rounded to the dtype twice: m
@@ -99,6 +105,8 @@ def expert_gemm(
         neuron_offsets,
         gate_up_bias,
         down_bias,
+        gate_up_scale,
+        down_scale,
         activation,
         gated,
         limit,
@@ -147,6 +155,8 @@ def _expert_gemm(
     neuron_offsets: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
+    gate_up_scale: Tensor | None,
+    down_scale: Tensor | None,
     activation: str,
     gated: bool,
     limit: float,
@@ -182,6 +192,8 @@ def _expert_gemm(
         neuron_offsets=neuron_offsets,
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
+        gate_up_scale=gate_up_scale,
+        down_scale=down_scale,
         out=out,
         workspace=workspace,
         activation=activation,
@@ -200,7 +212,7 @@ def _fake_expert_gemm(hidden: Tensor, *arguments: object) -> Tensor:
 _EXPERT_GEMM = register(
     "expert_gemm(Tensor hidden, Tensor expert_ids, Tensor gates, Tensor gate_up, Tensor down, "
     "Tensor widths, Tensor neuron_offsets, Tensor? gate_up_bias, Tensor? down_bias, "
-    "str activation, bool gated, float limit, float alpha, SymInt? max_width) -> Tensor",
+    "Tensor? gate_up_scale, Tensor? down_scale, str activation, bool gated, float limit, float alpha, SymInt? max_width) -> Tensor",
     _expert_gemm,
     _fake_expert_gemm,
 )

@@ -169,12 +169,14 @@ _DIFFERENTIABLE = (0, 2, 3, 4, 7, 8)
 
 def keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Remember what the gradient needs: the arguments, in the order of the schema."""
-    *tensors, ctx.activation, ctx.gated, ctx.limit, ctx.alpha, _ = inputs
+    *tensors, _, ctx.scale, ctx.activation, ctx.gated, ctx.limit, ctx.alpha, _ = inputs
     ctx.save_for_backward(*tensors)
 
 
 def backward(ctx: Any, of_out: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradient of every argument of `expert_gemm`, None where there is none."""
+    if ctx.scale is not None:
+        raise Unsupported("expert_gemm has no gradient for int8 weights; dequantize them")
     wanted = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
     found = iter(
         EXPERT_GEMM_BACKWARD(

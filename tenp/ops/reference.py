@@ -134,6 +134,8 @@ def expert_gemm(
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
     activation: str = "silu",
     gated: bool = True,
     limit: float = 0.0,
@@ -143,8 +145,11 @@ def expert_gemm(
     """out_t = sum_j g_tj (W_d m + b_d), m = act(W_g x + b_g) * (W_u x + b_u) or act(W_u x + b_u).
 
     Returns float64. m is rounded to the dtype of `hidden`, as the op promises to do; hand in
-    float64 tensors for the bare equation.
+    float64 tensors for the bare equation. Rows of int8 weights are multiplied by their scales first.
     """
+    if gate_up_scale is not None and down_scale is not None:
+        gate_up = gate_up.double() * gate_up_scale.double()[:, None]
+        down = down.double() * down_scale.double()[:, None]
     out = torch.zeros(hidden.shape, dtype=torch.float64)
     num_rows = down.shape[0]
     first_up_row = num_rows if gated else 0

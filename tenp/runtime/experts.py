@@ -27,15 +27,19 @@ class TenpExperts(nn.Module):
         down_proj: `[R, H]`, row k is column k of the down projection.
         gate_up_proj_bias: `[2R]` (`up_proj_bias` `[R]`), only in families with biases.
         down_proj_bias: `[E, H]`, only in families with biases.
+        gate_up_proj_scale: `[2R]` (`up_proj_scale` `[R]`), only when the weights are int8: what their
+            rows are multiplied by.
+        down_proj_scale: `[R]`, the same.
         widths: The width of every expert, 0 or more.
     """
 
-    def __init__(self, family: Experts, widths: Sequence[int]) -> None:
+    def __init__(self, family: Experts, widths: Sequence[int], is_int8: bool = False) -> None:
         """Make room for the weights, on the device and in the dtype of the family's own module.
 
         Args:
             family: The experts that this module replaces.
             widths: Their new widths.
+            is_int8: Whether the weights are int8 with a scale per row.
         """
         super().__init__()
         self.widths = list(widths)
@@ -46,14 +50,19 @@ class TenpExperts(nn.Module):
         joined = 2 * rows if self.has_gate else rows
         _, up = family.gate_and_up()
 
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(up.new_empty(shape))
+        def empty(*shape: int, dtype: torch.dtype = up.dtype) -> nn.Parameter:
+            return nn.Parameter(
+                up.new_empty(shape, dtype=dtype), requires_grad=dtype.is_floating_point
+            )
 
+        stored = torch.int8 if is_int8 else up.dtype
         self._up_name = "gate_up_proj" if self.has_gate else "up_proj"
-        self.register_parameter(self._up_name, empty(joined, up.shape[2]))
+        self.register_parameter(self._up_name, empty(joined, up.shape[2], dtype=stored))
+        self.register_parameter(f"{self._up_name}_scale", empty(joined) if is_int8 else None)
         self.register_parameter(f"{self._up_name}_bias", empty(joined) if family.has_bias else None)
         self.down_shape = torch.Size((rows, family.down.shape[1]))
-        self.down_proj = empty(*self.down_shape)
+        self.down_proj = empty(*self.down_shape, dtype=stored)
+        self.down_proj_scale = empty(rows) if is_int8 else None
         self.down_proj_bias = (
             empty(self.num_experts, family.down.shape[1]) if family.has_bias else None
         )
@@ -72,7 +81,7 @@ class TenpExperts(nn.Module):
         Returns:
             `[T, H]` in the dtype of `hidden_states`.
         """
-        if self._kernel is None:
+        if self._kernel is None or not self._kernel_serves(hidden_states, top_k_weights):
             return self._forward_in_torch(hidden_states, top_k_index, top_k_weights)
         activation, limit, alpha = self._kernel
         widths, offsets = self._tables_on(hidden_states.device)
@@ -86,6 +95,8 @@ class TenpExperts(nn.Module):
             offsets,
             gate_up_bias=self._up_bias,
             down_bias=self.down_proj_bias,
+            gate_up_scale=self._up_scale,
+            down_scale=self.down_proj_scale,
             activation=activation,
             gated=self.has_gate,
             limit=limit,
@@ -93,8 +104,16 @@ class TenpExperts(nn.Module):
             max_width=max(self.widths),
         )
 
+    def _kernel_serves(self, hidden: Tensor, gates: Tensor) -> bool:
+        """With int8 weights there is a kernel for the CPU, and none for gradients."""
+        if self.down_proj_scale is None:
+            return True
+        tensors = (hidden, gates, self.down_proj_scale)
+        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        return hidden.device.type == "cpu" and not differentiated
+
     def _forward_in_torch(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """The same in torch, expert by expert: for a gate that no kernel knows."""
+        """The same in torch, expert by expert: for what no kernel knows."""
         out = torch.zeros(
             hidden.shape[0], self.down_proj.shape[1], dtype=torch.float32, device=hidden.device
         )
@@ -106,9 +125,9 @@ class TenpExperts(nn.Module):
             gate, up = None, self._project(hidden[token], self._up_begin() + up_row, width)
             if self.has_gate:
                 gate = self._project(hidden[token], up_row, width)
-            contribution = (
-                self._family.apply_gate(gate, up) @ self.down_proj[up_row : up_row + width]
-            )
+            rows = slice(up_row, up_row + width)
+            down = _weights(self.down_proj, self.down_proj_scale, rows)
+            contribution = self._family.apply_gate(gate, up) @ down
             if self.down_proj_bias is not None:
                 contribution = contribution + self.down_proj_bias[expert]
             out = out.index_add(0, token, contribution.float() * weights[token, slot, None].float())
@@ -117,7 +136,8 @@ class TenpExperts(nn.Module):
     def _project(self, hidden: Tensor, begin: int, width: int) -> Tensor:
         rows = slice(begin, begin + width)
         bias = self._up_bias
-        return F.linear(hidden, self._up_weight[rows], None if bias is None else bias[rows])
+        weight = _weights(self._up_weight, self._up_scale, rows)
+        return F.linear(hidden, weight, None if bias is None else bias[rows])
 
     @property
     def _up_weight(self) -> Tensor:
@@ -126,6 +146,10 @@ class TenpExperts(nn.Module):
     @property
     def _up_bias(self) -> Tensor | None:
         return getattr(self, f"{self._up_name}_bias")
+
+    @property
+    def _up_scale(self) -> Tensor | None:
+        return getattr(self, f"{self._up_name}_scale")
 
     def _up_begin(self) -> int:
         return self._offsets[-1] if self.has_gate else 0
@@ -142,6 +166,11 @@ class TenpExperts(nn.Module):
     def extra_repr(self) -> str:
         """Show what widths there are."""
         return f"num_experts={self.num_experts}, widths={min(self.widths)}..{max(self.widths)}"
+
+
+def _weights(stored: Tensor, scale: Tensor | None, rows: slice) -> Tensor:
+    """Rows of a matrix as floating-point numbers."""
+    return stored[rows] if scale is None else stored[rows] * scale[rows, None]
 
 
 def _without_weights(family: Experts) -> Experts:

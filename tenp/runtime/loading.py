@@ -27,9 +27,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from tenp.adapter import find_experts
 from tenp.errors import CheckpointError
 from tenp.ops import neuron_offsets
+from tenp.quantization import scale_name
 from tenp.runtime.experts import TenpExperts
 
 FORMAT_VERSION = 1
+
+#: Of checkpoints with int8 weights, which an older reader would take for large numbers.
+INT8_FORMAT_VERSION = 2
 
 
 @register_quantization_config("tenp")
@@ -40,18 +44,30 @@ class TenpConfig(QuantizationConfigMixin):
         widths: Decoder layer index (as a string, JSON knows no other keys) to the widths of its
             experts, comma-separated in one string: an indented list would take a line a width.
         version: Format version of the checkpoint.
+        weights: `int8` when the experts' weights are int8 with a scale per neuron, else None.
     """
 
     def __init__(
-        self, widths: dict[str, str] | None = None, version: int = FORMAT_VERSION, **extra: Any
+        self,
+        widths: dict[str, str] | None = None,
+        version: int = FORMAT_VERSION,
+        weights: str | None = None,
+        **extra: Any,
     ) -> None:
         """Take the fields as config.json has them; unknown ones are kept."""
         self.quant_method: Any = "tenp"
         self.version = version
         self.widths = widths or {}
+        if weights is not None:
+            self.weights = weights
         extra.pop("quant_method", None)
         for name, value in extra.items():
             setattr(self, name, value)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether the experts' weights are int8."""
+        return getattr(self, "weights", None) == "int8"
 
     def layer_widths(self) -> dict[int, list[int]]:
         """Return the widths per decoder layer.
@@ -79,9 +95,11 @@ class TenpQuantizer(HfQuantizer):
     requires_calibration = True  # a TenpConfig passed for an unpruned model is refused
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        if self.quantization_config.version != FORMAT_VERSION:
+        is_int8 = self.quantization_config.is_int8
+        expected = INT8_FORMAT_VERSION if is_int8 else FORMAT_VERSION
+        if self.quantization_config.version != expected:
             raise CheckpointError(
-                f"the pruned checkpoint must have format version {FORMAT_VERSION}, "
+                f"the pruned checkpoint must have format version {expected}, "
                 f"got {self.quantization_config.version}; load it with the version of tenp that wrote it"
             )
         widths = self.quantization_config.layer_widths()
@@ -97,7 +115,7 @@ class TenpQuantizer(HfQuantizer):
                     f"quantization_config must give {experts.num_experts} widths for layer {experts.layer}, "
                     f"got {len(widths[experts.layer])}"
                 )
-            model.set_submodule(experts.name, TenpExperts(experts, widths[experts.layer]))
+            model.set_submodule(experts.name, TenpExperts(experts, widths[experts.layer], is_int8))
 
     def update_weight_conversions(
         self, weight_conversions: list[Any], model: Any = None
@@ -113,11 +131,18 @@ class TenpQuantizer(HfQuantizer):
                 conversion = _packing(conversion)
                 packed.add(_leaf(conversion))
             ours.append(conversion)
-        return ours + [
+        ours += [
             converter
             for leaf, converter in _fused_family_converters().items()
             if leaf not in packed
         ]
+        if self.quantization_config.is_int8:
+            ours += [
+                _packing(conversion, scales=True)
+                for conversion in ours
+                if isinstance(conversion, WeightConverter) and _is_experts_conversion(conversion)
+            ]
+        return ours
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -145,8 +170,8 @@ class TenpQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The weights are ordinary floating-point numbers."""
-        return True
+        """The weights are ordinary floating-point numbers, unless they are int8."""
+        return not self.quantization_config.is_int8
 
     @property
     def is_qat_trainable(self) -> bool:
@@ -161,9 +186,14 @@ class Pack(ConversionOps):
     other in the packed rows (gate, then up). Every matrix is padded to the row multiple.
     """
 
-    def __init__(self, transposed: bool = False) -> None:
-        """Args: transposed: whether the matrices are `[H, W]` on disk, as down projections are."""
-        self.transposed = transposed
+    def __init__(self, transposed: bool = False, scales: bool = False) -> None:
+        """Take what the sources are.
+
+        Args:
+            transposed: Whether the matrices are `[H, W]` on disk, as down projections are.
+            scales: Whether they are scales instead, `[W, 1]` or, transposed, `[1, W]`.
+        """
+        self.transposed, self.scales = transposed, scales
 
     @torch.no_grad()
     def convert(
@@ -179,20 +209,22 @@ class Pack(ConversionOps):
         return {target_patterns[0]: torch.cat(parts)}
 
     def _as_rows(self, matrix: Tensor) -> Tensor:
+        if self.scales:
+            return matrix.flatten()
         return matrix.t() if self.transposed else matrix
 
     @property
     def reverse_op(self) -> ConversionOps:
         """What `save_pretrained` applies."""
-        return Unpack(self.transposed)
+        return Unpack(self.transposed, self.scales)
 
 
 class Unpack(ConversionOps):
     """One packed parameter to per-expert matrices."""
 
-    def __init__(self, transposed: bool = False) -> None:
-        """Args: transposed: whether the matrices are `[H, W]` on disk."""
-        self.transposed = transposed
+    def __init__(self, transposed: bool = False, scales: bool = False) -> None:
+        """Take what the targets are, as `Pack` does."""
+        self.transposed, self.scales = transposed, scales
 
     @torch.no_grad()
     def convert(
@@ -211,6 +243,8 @@ class Unpack(ConversionOps):
         tensors: dict[str, Tensor] = {}
         for pattern, rows in zip(target_patterns, packed.chunk(len(target_patterns)), strict=True):
             for expert, matrix in enumerate(_unpack_rows(rows, widths)):
+                if self.scales:
+                    matrix = matrix[:, None]
                 tensors[pattern.replace("*", str(expert))] = (
                     matrix.t() if self.transposed else matrix
                 ).contiguous()
@@ -219,7 +253,7 @@ class Unpack(ConversionOps):
     @property
     def reverse_op(self) -> ConversionOps:
         """What `from_pretrained` applies."""
-        return Pack(self.transposed)
+        return Pack(self.transposed, self.scales)
 
 
 class Stack(ConversionOps):
@@ -297,12 +331,20 @@ def _is_experts_conversion(conversion: WeightConverter) -> bool:
     )
 
 
-def _packing(conversion: WeightConverter) -> WeightConverter:
-    """The same patterns and scope with our operation. Built by hand: `copy` exists from 5.21 only."""
+def _packing(conversion: WeightConverter, scales: bool = False) -> WeightConverter:
+    """The same patterns and scope with our operation, or those of the scales beside the weights.
+
+    Built by hand: `copy` exists from 5.21 only.
+    """
+    sources = list(conversion._original_source_patterns)
+    targets = list(conversion._original_target_patterns)
+    if scales:
+        sources = [scale_name(source) for source in sources]
+        targets = [f"{target}_scale" for target in targets]
     ours = WeightConverter(
-        list(conversion._original_source_patterns),
-        list(conversion._original_target_patterns),
-        operations=[Pack(transposed=_leaf(conversion) == "down_proj")],
+        sources,
+        targets,
+        operations=[Pack(transposed=_leaf(conversion) == "down_proj", scales=scales)],
     )
     for scope in ("scope_prefix", "base_model_prefix"):
         if hasattr(conversion, scope):

@@ -423,6 +423,50 @@ TEST_CASE("float16 is read and rounded as IEEE 754 has it, for every value") {
     CHECK(wrong == 0);
 }
 
+TEST_CASE("int8 rows with scales that are powers of two give the bits of the same weights") {
+    for (const DType dtype : kFloats) {
+        for (const std::int64_t tokens : {1, 40}) {
+            CAPTURE(dtype_name(dtype));
+            CAPTURE(tokens);
+            Layer layer(with([&](Shape& shape) {
+                shape.dtype = dtype;
+                shape.tokens = tokens;
+                shape.hidden_size = 33;
+            }));
+            ExpertGemmArgs args = layer.args();
+            expert_gemm(args);
+            const auto expected = layer.out.values();
+
+            // Weights are multiples of 1/32 within +-1/2; rows that must not be read are NaN.
+            constexpr double kScale = 1.0 / 32;
+            const auto quantize = [&](Matrix& weights, auto& q, Matrix& scale) {
+                for (std::int64_t row = 0; row < q.size() / 33; ++row) {
+                    for (std::int64_t h = 0; h < 33; ++h) {
+                        const double value = weights.get(row, h);
+                        q[row * 33 + h] =
+                            static_cast<std::int8_t>(std::isnan(value) ? 127 : value / kScale);
+                    }
+                    scale.set(0, row, std::isnan(weights.get(row, 0)) ? kNan : kScale);
+                }
+            };
+            const std::int64_t rows = args.down.shape[0];
+            Guarded<std::int8_t> gate_up(2 * rows * 33);
+            Guarded<std::int8_t> down(rows * 33);
+            Matrix gate_up_scale(dtype, 1, 2 * rows);
+            Matrix down_scale(dtype, 1, rows);
+            quantize(layer.gate_up, gate_up, gate_up_scale);
+            quantize(layer.down, down, down_scale);
+            args.gate_up = gate_up.view({2 * rows, 33});
+            args.down = down.view({rows, 33});
+            CHECK_THROWS_AS(expert_gemm(args), InvalidArgument);
+            args.gate_up_scale = gate_up_scale.view({2 * rows});
+            args.down_scale = down_scale.view({rows});
+            expert_gemm(args);
+            CHECK(layer.out.values() == expected);
+        }
+    }
+}
+
 TEST_CASE("a workspace too large for any machine is refused, not wrapped around") {
     CHECK_THROWS_AS(
         expert_gemm_workspace_bytes(1, INT32_MAX, INT32_MAX, 1, INT32_MAX, DType::kFloat32),

@@ -15,6 +15,7 @@ from support.op_cases import (
     EXPERT_GEMM_CASES,
     FLOAT_DTYPES,
     HOSTILE_WIDTHS,
+    INT8_CASES,
     POISON,
     ExpertGemmCase,
     ExpertGemmInputs,
@@ -58,6 +59,42 @@ def test_outputs_are_those_of_the_reference(
     case = replace(case, dtype=dtype)
     inputs = make_expert_gemm(case)
     assert_matches_the_reference(case, inputs, out_of(inputs, device))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("case", INT8_CASES)
+def test_int8_weights_are_multiplied_by_the_scales_of_their_rows(
+    case: ExpertGemmCase, dtype: torch.dtype
+) -> None:
+    case = replace(case, dtype=dtype)
+    inputs = make_expert_gemm(case)
+    assert_matches_the_reference(case, inputs, out_of(inputs, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("first", [1, 7, 64])
+def test_a_token_with_int8_weights_does_not_depend_on_its_neighbours(first: int) -> None:
+    assert_halves_equal_the_whole(129, first, torch.bfloat16, torch.device("cpu"), int8=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"down_scale": None}, "down_scale must be"),
+        ({"gate_up_scale": torch.ones(3)}, "gate_up_scale must be"),
+        ({"down": torch.ones(384, 48)}, "gate_up must be"),
+    ],
+)
+def test_int8_weights_need_scales(change: dict[str, Any], message: str) -> None:
+    inputs = make_expert_gemm(ExpertGemmCase(int8=True))
+    with pytest.raises(InvalidArgument, match=message):
+        expert_gemm(**{**inputs.arguments(), **change})
+
+
+def test_scales_are_for_int8_weights() -> None:
+    inputs = make_expert_gemm(ExpertGemmCase())
+    inputs.down_scale = torch.ones(len(inputs.down))
+    with pytest.raises(InvalidArgument, match="down_scale must be absent"):
+        expert_gemm(**inputs.arguments())
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -190,9 +227,10 @@ def test_a_nan_stays_in_its_token(device: torch.device) -> None:
 
 
 def assert_halves_equal_the_whole(
-    tokens: int, first: int, dtype: torch.dtype, device: torch.device
+    tokens: int, first: int, dtype: torch.dtype, device: torch.device, int8: bool = False
 ) -> None:
-    whole = make_expert_gemm(ExpertGemmCase(tokens=tokens, pattern="skewed", dtype=dtype))
+    case = ExpertGemmCase(tokens=tokens, pattern="skewed", dtype=dtype, int8=int8)
+    whole = make_expert_gemm(case)
     expected = out_of(whole, device)
     for rows in (slice(0, first), slice(first, None)):
         part = replace(

@@ -25,6 +25,9 @@ from tenp.ops import (
 
 OPS = torch.ops.tenp
 
+#: The schema has no defaults.
+NO_SCALES = {"gate_up_scale": None, "down_scale": None}
+
 
 def statistics_arguments(name: str, dtype: torch.dtype) -> dict[str, Any]:
     inputs = make_statistics(StatisticsCase(dtype=dtype))
@@ -45,7 +48,7 @@ def test_opcheck_of_the_statistics(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("bias", "max_width"), [(False, None), (True, 96)])
 def test_opcheck_of_expert_gemm(bias: bool, max_width: int | None, dtype: torch.dtype) -> None:
     inputs = make_expert_gemm(ExpertGemmCase(tokens=7, bias=bias, dtype=dtype))
-    arguments = {**inputs.arguments(), "max_width": max_width}
+    arguments = {**inputs.arguments(), **NO_SCALES, "max_width": max_width}
     torch.library.opcheck(OPS.expert_gemm.default, (), arguments)
 
 
@@ -57,7 +60,7 @@ def test_opcheck_of_the_gradient_of_expert_gemm() -> None:
     torch.library.opcheck(OPS.expert_gemm_backward.default, (of_out,), arguments)
     for tensor in (inputs.hidden, inputs.gates, inputs.gate_up, inputs.down):
         tensor.requires_grad_()
-    arguments = {**inputs.arguments(), "max_width": 96}
+    arguments = {**inputs.arguments(), **NO_SCALES, "max_width": 96}
     torch.library.opcheck(OPS.expert_gemm.default, (), arguments)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tenp.ops import neuron_offsets, pack, reference
+from tenp.quantization import quantize
 
 POISON = math.nan
 FLOAT_DTYPES = [
@@ -270,6 +271,7 @@ class ExpertGemmCase:
     bias: bool = False
     limit: float = 0.0
     alpha: float = 0.0
+    int8: bool = False
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
@@ -289,9 +291,28 @@ class ExpertGemmInputs:
     gated: bool
     limit: float
     alpha: float
+    gate_up_scale: Tensor | None = None  # [2R] or [R], NaN for rows outside the widths
+    down_scale: Tensor | None = None  # [R], the same
+
+    def dequantized(self) -> "ExpertGemmInputs":
+        """The same with float64 weights."""
+        if self.gate_up_scale is None or self.down_scale is None:
+            return self
+        return replace(
+            self,
+            gate_up=self.gate_up.double() * self.gate_up_scale.double()[:, None],
+            down=self.down.double() * self.down_scale.double()[:, None],
+            gate_up_scale=None,
+            down_scale=None,
+        )
 
     def arguments(self) -> dict[str, Any]:
-        return dict(vars(self))
+        # Scales come with int8 weights only.
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if value is not None or not name.endswith("_scale")
+        }
 
     def to(self, device: torch.device) -> "ExpertGemmInputs":
         moved: dict[str, Any] = {
@@ -333,6 +354,12 @@ def make_expert_gemm(case: ExpertGemmCase) -> ExpertGemmInputs:
         case.pattern, case.tokens, case.experts_per_token, num_experts, case.seed
     )
     gates = normal(case.tokens, case.experts_per_token).softmax(dim=-1).float()
+    gate_up_scale = down_scale = None
+    if case.int8:
+        gate_up, gate_up_scale = quantize(gate_up, neurons=0)
+        packed_down, down_scale = quantize(packed_down, neurons=0)
+        gate_up_scale[gate_up_scale == 0] = POISON
+        down_scale[down_scale == 0] = POISON
     return ExpertGemmInputs(
         hidden=normal(case.tokens, hidden_size).to(case.dtype),
         expert_ids=expert_ids,
@@ -347,6 +374,8 @@ def make_expert_gemm(case: ExpertGemmCase) -> ExpertGemmInputs:
         gated=case.gated,
         limit=case.limit,
         alpha=case.alpha,
+        gate_up_scale=gate_up_scale,
+        down_scale=down_scale,
     )
 
 
@@ -362,6 +391,20 @@ EXPERT_GEMM_CASES = [
     # Beyond any block of a kernel, in every direction, and a multiple of none.
     pytest.param(
         ExpertGemmCase(tokens=151, hidden_size=1030, widths=(333, 0, 779, 129)), id="many-blocks"
+    ),
+]
+
+INT8_CASES = [
+    *_varied(
+        ExpertGemmCase(int8=True),
+        tokens=TOKEN_COUNTS,
+        hidden_size=(1, 33, 64),
+        gated=(False,),
+        bias=(True,),
+    ),
+    pytest.param(
+        ExpertGemmCase(int8=True, tokens=151, hidden_size=1030, widths=(333, 0, 779)),
+        id="many-blocks",
     ),
 ]
 

@@ -198,6 +198,9 @@ class ExpertGemmErrors(NamedTuple):
 
 def expert_gemm_errors(case: ExpertGemmCase, inputs: ExpertGemmInputs) -> ExpertGemmErrors:
     """The error of each stage, carried to the output by absolute values; see the comments."""
+    # A scale is one more factor of every product.
+    scaled = 1 if inputs.down_scale is not None else 0
+    inputs = inputs.dequantized()
     u = unit_roundoff(torch.float32)
     num_rows = inputs.down.shape[0]
     of_float32 = torch.zeros(inputs.hidden.shape, dtype=torch.float64)
@@ -219,7 +222,7 @@ def expert_gemm_errors(case: ExpertGemmCase, inputs: ExpertGemmInputs) -> Expert
         gate = project(x, first, width, absolute=False) if case.gated else None
 
         # 1. The projections: float32 sums of H products and a bias.
-        of_projection = sum_tolerance(torch.float32, case.hidden_size + 1)
+        of_projection = sum_tolerance(torch.float32, case.hidden_size + 1 + scaled)
         up_error = of_projection * project(x, first_up, width, absolute=True)
         gate_error = of_projection * project(x, first, width, absolute=True)
 
@@ -254,7 +257,7 @@ def expert_gemm_errors(case: ExpertGemmCase, inputs: ExpertGemmInputs) -> Expert
         y = m.abs() @ down
         if inputs.down_bias is not None:
             y = y + inputs.down_bias[expert].double().abs()
-        y_error = y_error + sum_tolerance(torch.float32, width + 1) * y
+        y_error = y_error + sum_tolerance(torch.float32, width + 1 + scaled) * y
 
         # 5. The sum over k slots in float32.
         slot_error = sum_tolerance(torch.float32, case.experts_per_token) * y

@@ -9,7 +9,8 @@
 
 // The inner loops of the CPU backend, compiled once per instruction set from isa/kernels.inc.h.
 // They run on the calling thread and assume what the ops have checked. T is the element type of a
-// call: float, BFloat16 or Float16.
+// call: float, BFloat16 or Float16. W is that of its weights: T, or int8 with a scale for every
+// row.
 
 namespace tenp::cpu {
 
@@ -40,11 +41,12 @@ inline constexpr std::int64_t kGemmScratch = (kGemmColumns + 16) * 1040;
 
 /// C = A B^T (gemm_nt) or C = A B (gemm_nn), accumulated in float32. What a row of C gets does not
 /// depend on the other rows of the call.
-template <class T>
+template <class T, class W = T>
 struct Gemm {
-    Rows<T> a;           // [rows, depth]
-    Rows<T> b;           // [columns, depth] for nt, [depth, columns] for nn
-    float* c = nullptr;  // [rows, columns], overwritten
+    Rows<T> a;                   // [rows, depth]
+    const T* a_scale = nullptr;  // [depth], nn: what the columns of A are multiplied by; null: 1
+    Rows<W> b;                   // [columns, depth] for nt, [depth, columns] for nn
+    float* c = nullptr;          // [rows, columns], overwritten
     std::int64_t c_stride = 0;
     std::int64_t rows = 0;
     std::int64_t columns = 0;  // 1..kGemmColumns; for nn, 1..kGemmWideColumns
@@ -52,14 +54,17 @@ struct Gemm {
     float* scratch = nullptr;  // [kGemmScratch]
 };
 
-/// One row of m = act(gate + gate_bias) * (up + up_bias); without a gate, act(up + up_bias).
+/// One row of m = act(gate_scale gate + gate_bias) * (up_scale up + up_bias); without a gate,
+/// act(up_scale up + up_bias).
 template <class T>
 struct Activate {
-    const float* gate = nullptr;   // [count]; null: none
-    const float* up = nullptr;     // [count]
-    const T* gate_bias = nullptr;  // [count]; null: none
-    const T* up_bias = nullptr;    // [count]; null: none
-    T* out = nullptr;              // [count], rounded once
+    const float* gate = nullptr;    // [count]; null: none
+    const float* up = nullptr;      // [count]
+    const T* gate_scale = nullptr;  // [count]; null: 1
+    const T* up_scale = nullptr;    // [count]; null: 1
+    const T* gate_bias = nullptr;   // [count]; null: none
+    const T* up_bias = nullptr;     // [count]; null: none
+    T* out = nullptr;               // [count], rounded once
     std::int64_t count = 0;
     Activation activation = Activation::kSilu;
     float limit = 0;
@@ -98,6 +103,8 @@ template <class T>
 struct TypedKernels {
     void (*gemm_nt)(const Gemm<T>&);
     void (*gemm_nn)(const Gemm<T>&);
+    void (*gemm_nt_int8)(const Gemm<T, std::int8_t>&);
+    void (*gemm_nn_int8)(const Gemm<T, std::int8_t>&);
     void (*activate)(const Activate<T>&);
     void (*combine)(const Combine<T>&);
     void (*contribute)(const Contribute<T>&);

@@ -28,6 +28,7 @@ constexpr int kLanes = 4;  // SSE2, NEON
 using Vector [[gnu::vector_size(kLanes * sizeof(float))]] = float;
 using Quad [[gnu::vector_size(4 * sizeof(float))]] = float;
 using Bits [[gnu::vector_size(kLanes * sizeof(float))]] = std::uint32_t;
+using Bytes [[gnu::vector_size(kLanes)]] = std::int8_t;
 using ShortBits [[gnu::vector_size(kLanes * sizeof(std::uint16_t))]] = std::uint16_t;
 
 // A vector of doubles fills a register with half as many lanes.
@@ -73,6 +74,11 @@ template <class V>
     Bits result = magnitude < 0x0400u ? bits_as<Bits>(subnormal) : normal;
     result = magnitude < 0x7c00u ? result : normal + bias;  // infinity, NaN: exponent 255
     return bits_as<Vector>(sign | result);
+}
+
+[[gnu::always_inline]] inline Vector load(const std::int8_t* from) {
+    using Signed [[gnu::vector_size(sizeof(Bits))]] = std::int32_t;
+    return __builtin_convertvector(__builtin_convertvector(read<Bytes>(from), Signed), Vector);
 }
 
 [[gnu::always_inline]] inline void store(float* to, Vector value) {
@@ -281,9 +287,9 @@ template <std::int64_t kRows, std::int64_t kPitch, bool kAhead, class T>
 
 /// The product of one tile of rows with every column. A is at `a`, k is where its depth begins, and
 /// b_row(column) gives the rows of B from there on; kAhead asks for those of the next tile too.
-template <std::int64_t kPitch, bool kAhead, class T, class Row>
+template <std::int64_t kPitch, bool kAhead, class T, class W, class Row>
 [[gnu::always_inline]] inline void nt_tile_row(
-    const Gemm<T>& g,
+    const Gemm<T, W>& g,
     std::int64_t row,
     const float* a,
     std::int64_t k,
@@ -314,8 +320,8 @@ template <std::int64_t kPitch, bool kAhead, class T, class Row>
     }
 }
 
-template <class T>
-void gemm_nt(const Gemm<T>& g) {
+template <class T, class W>
+void gemm_nt(const Gemm<T, W>& g) {
     float* a = g.scratch;
     float* b = a + kNtRows * kNtPitch;
     const auto copy_a = [&](std::int64_t row, std::int64_t k, std::int64_t depth,
@@ -461,14 +467,28 @@ template <std::int64_t kRows, std::int64_t kAtOnce, class T>
     });
 }
 
-template <class T>
-void gemm_nn_few_rows(const Gemm<T>& g) {
+/// Copies `depth` values of a row of A, from column k on, times their scales.
+template <class T, class W>
+[[gnu::always_inline]] inline void scaled_to_floats(
+    const Gemm<T, W>& g, std::int64_t row, std::int64_t k, std::int64_t depth, float* to
+) {
+    if (g.a_scale == nullptr) {
+        to_floats(g.a[row] + k, depth, to);
+        return;
+    }
+    for_each_vector(depth, [&](std::int64_t i, auto read_at, auto write_at) {
+        write_at(to + i, read_at(g.a[row] + k + i) * read_at(g.a_scale + k + i));
+    });
+}
+
+template <class T, class W>
+void gemm_nn_few_rows(const Gemm<T, W>& g) {
     float* a = g.scratch;
     with_rows<kNnFewRows>(g.rows, [&]<std::int64_t kRows>() {
         for (std::int64_t k = 0; k == 0 || k < g.depth; k += kNnDepth) {
             const std::int64_t depth = smaller(kNnDepth, g.depth - k);
             for (std::int64_t r = 0; r < kRows; ++r) {
-                to_floats(g.a[r] + k, depth, a + r * kNnPitch);
+                scaled_to_floats(g, r, k, depth, a + r * kNnPitch);
             }
             std::int64_t d = 0;
             for (; d + kNnAtOnce <= depth; d += kNnAtOnce) {
@@ -485,8 +505,8 @@ void gemm_nn_few_rows(const Gemm<T>& g) {
     });
 }
 
-template <class T>
-void gemm_nn(const Gemm<T>& g) {
+template <class T, class W>
+void gemm_nn(const Gemm<T, W>& g) {
     if (g.rows <= kNnFewRows && g.depth > 0) {
         gemm_nn_few_rows(g);
         return;
@@ -504,7 +524,7 @@ void gemm_nn(const Gemm<T>& g) {
         for (std::int64_t row = 0; row < g.rows; row += kNnRows) {
             const std::int64_t rows = smaller(kNnRows, g.rows - row);
             for (std::int64_t r = 0; r < rows; ++r) {
-                to_floats(g.a[row + r] + k, depth, a + r * kNnPitch);
+                scaled_to_floats(g, row + r, k, depth, a + r * kNnPitch);
             }
             with_rows<kNnRows>(rows, [&]<std::int64_t kRows>() {
                 for (std::int64_t panel = 0; panel < panels; ++panel) {
@@ -583,12 +603,14 @@ template <Activation kActivation>
 template <class T, class F>
 [[gnu::always_inline]] inline void activate_each(const Activate<T>& row, F f) {
     for_each_vector(row.count, [&](std::int64_t i, auto read_at, auto write_at) {
-        const auto biased = [&](const float* values, const T* bias) {
-            const Vector value = read_at(values + i);
+        const auto affine = [&](const float* values, const T* scale, const T* bias) {
+            Vector value = read_at(values + i);
+            value = scale == nullptr ? value : value * read_at(scale + i);
             return bias == nullptr ? value : value + read_at(bias + i);
         };
-        const Vector gate = row.gate == nullptr ? Vector{} : biased(row.gate, row.gate_bias);
-        write_at(row.out + i, f(gate, biased(row.up, row.up_bias)));
+        const Vector gate =
+            row.gate == nullptr ? Vector{} : affine(row.gate, row.gate_scale, row.gate_bias);
+        write_at(row.out + i, f(gate, affine(row.up, row.up_scale, row.up_bias)));
     });
 }
 
@@ -720,7 +742,11 @@ void contribute(const Contribute<T>& block) {
 
 template <class T>
 constexpr TypedKernels<T> typed_kernels() {
-    return {gemm_nt<T>, gemm_nn<T>, activate<T>, combine<T>, contribute<T>, add_row<T>, dot<T>};
+    return {
+        gemm_nt<T, T>,           gemm_nn<T, T>, gemm_nt<T, std::int8_t>,
+        gemm_nn<T, std::int8_t>, activate<T>,   combine<T>,
+        contribute<T>,           add_row<T>,    dot<T>,
+    };
 }
 
 }  // namespace

@@ -29,15 +29,19 @@ enum class Activation : std::uint8_t {
 /// Arrays of expert_gemm(). T tokens, k slots a token, E experts, H hidden, R packed rows.
 /// "Float" is float32, bfloat16 or float16, the same for the whole call.
 struct ExpertGemmArgs {
-    TensorView hidden;             ///< [T, H] Float; x
-    TensorView expert_ids;         ///< [T, k] int32; an id outside 0..E-1 names no expert
-    TensorView gates;              ///< [T, k] float32; g
-    TensorView gate_up;            ///< [2R, H] Float, gate rows first; [R, H] when not gated
-    TensorView down;               ///< [R, H] Float; a row is a neuron
-    TensorView widths;             ///< [E] int32; neurons of each expert, 0 allowed
-    TensorView neuron_offsets;     ///< [E+1] int32; ExpertLayout::offsets()
+    TensorView hidden;          ///< [T, H] Float; x
+    TensorView expert_ids;      ///< [T, k] int32; an id outside 0..E-1 names no expert
+    TensorView gates;           ///< [T, k] float32; g
+    TensorView gate_up;         ///< [2R, H] Float or int8, gate rows first; [R, H] when not gated
+    TensorView down;            ///< [R, H] Float or int8, as `gate_up`; a row is a neuron
+    TensorView widths;          ///< [E] int32; neurons of each expert, 0 allowed
+    TensorView neuron_offsets;  ///< [E+1] int32; ExpertLayout::offsets()
     TensorView gate_up_bias = {};  ///< [2R] or [R] Float, as rows of `gate_up`; null data: none
     TensorView down_bias = {};     ///< [E, H] Float; null data: none
+    /// [2R] or [R] Float, and [R] Float: what the rows of int8 weights are multiplied by. For int8
+    /// only.
+    TensorView gate_up_scale = {};
+    TensorView down_scale = {};
     Activation activation = Activation::kSilu;
     bool gated = true;  ///< whether `gate_up` has gate rows
     float limit = 0;    ///< kSwigluOai only, > 0
@@ -58,15 +62,15 @@ struct ExpertGemmArgs {
 /// names an expert gets 0. An expert of width 0 gives y = b_d. Weights outside the first widths[e]
 /// rows of an expert, and gates of slots that name no expert, never reach a result.
 ///
-/// Devices: CPU. On a CUDA device the call is asynchronous on `stream`, never synchronises, never
-/// allocates. Sums are accumulated in float32; m is rounded to Float once, y stays float32, out is
-/// rounded once. The result is the same on every run and for any number of threads, and a token's
-/// result does not depend on the tokens that it shares the call with (on CUDA: as long as both
-/// calls have more than 64 tokens, or both have not). Cost: 6 H W_e floating-point operations a row
-/// (4 when not gated).
+/// Devices: CPU; with weights that are no int8 also CUDA. On a CUDA device the call is asynchronous
+/// on `stream`, never synchronises, never allocates. Sums are accumulated in float32; m is rounded
+/// to Float once, y stays float32, out is rounded once. The result is the same on every run and for
+/// any number of threads, and a token's result does not depend on the tokens that it shares the
+/// call with (on CUDA: as long as both calls have more than 64 tokens, or both have not). Cost: 6 H
+/// W_e floating-point operations a row (4 when not gated).
 ///
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
-/// `widths` and `neuron_offsets` contradict each other or R.
+/// `widths` and `neuron_offsets` contradict each other or R. Throws Unsupported for int8 on CUDA.
 TENP_API void expert_gemm(const ExpertGemmArgs& args, Stream stream = nullptr);
 
 /// Bytes of workspace that expert_gemm() needs on any device.

@@ -26,6 +26,7 @@ enum class DType : std::uint8_t {
     kFloat64,
     kInt32,
     kInt64,
+    kInt8,   ///< quantized weights
     kUInt8,  ///< bytes; workspaces only
 };
 
@@ -83,6 +84,8 @@ TensorView contiguous_view(
         return contiguous_view(data, DType::kInt32, shape, device);
     } else if constexpr (std::is_same_v<Element, std::int64_t>) {
         return contiguous_view(data, DType::kInt64, shape, device);
+    } else if constexpr (std::is_same_v<Element, std::int8_t>) {
+        return contiguous_view(data, DType::kInt8, shape, device);
     } else {
         static_assert(sizeof(Element) == 1, "no dtype for this element type");
         return contiguous_view(data, DType::kUInt8, shape, device);
