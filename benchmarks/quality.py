@@ -112,18 +112,22 @@ class Reference:
             (domain.domain, ids, mask) for domain in samples for ids, mask in domain.batches(2048)
         ]
         self._dense = [_log_probabilities(model, ids, mask) for _, ids, mask in self._batches]
+        self._likeliest = [dense.argmax(1) for dense in self._dense]
 
     def measure(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
         """Return perplexity, KL and agreement per domain."""
         sums: dict[str, list[float]] = {}
-        for (domain, ids, mask), dense in zip(self._batches, self._dense, strict=True):
+        for (domain, ids, mask), dense, likeliest in zip(
+            self._batches, self._dense, self._likeliest, strict=True
+        ):
             ours = _log_probabilities(model, ids, mask)
             targets = ids[:, 1:][mask[:, 1:].bool()]
+            divergence = F.kl_div(ours, dense, log_target=True, reduction="none").sum(dim=1)
             values = (
                 float(len(targets)),
                 -ours.gather(1, targets[:, None]).double().sum().item(),
-                F.kl_div(ours, dense, log_target=True, reduction="none").double().sum().item(),
-                (ours.argmax(1) == dense.argmax(1)).double().sum().item(),
+                divergence.double().sum().item(),
+                (ours.argmax(1) == likeliest).double().sum().item(),
             )
             kept = sums.setdefault(domain, [0.0] * 4)
             sums[domain] = [a + b for a, b in zip(kept, values, strict=True)]
