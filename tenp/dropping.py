@@ -2,13 +2,14 @@
 """Carries out plans that drop whole experts: their weights go, and their rows in the routers.
 
 The result is an ordinary smaller checkpoint of the family and needs no tenp. The experts that stay
-may be given new weights on the way, as `tenp.dern` does.
+and their rows in the routers may be given new weights on the way, as `tenp.dern` does.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +22,23 @@ from tenp.errors import CheckpointError, PlanError, Unsupported
 from tenp.model_card import model_card
 from tenp.plan import Plan
 
-#: Layer to the experts that replace those that stay, in their order, with weights.
-Rebuild = Callable[[int], Experts]
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """What replaces the experts of a layer that stay.
+
+    Attributes:
+        experts: As many as stay, in their order, with weights.
+        router: `[E', E]`, float64. The new rows of the routers as means of the old ones; each row of
+            this sums up to 1.
+    """
+
+    experts: Experts
+    router: Tensor
+
+
+#: Layer to what replaces its experts that stay.
+Rebuild = Callable[[int], Rebuilt]
 
 
 def apply(
@@ -38,7 +54,7 @@ def apply(
         checkpoint: The dense model.
         plan: With `experts`, equally many in every layer.
         out: The new directory.
-        rebuild: Gives the experts that stay new weights; they keep them if None.
+        rebuild: Gives the experts that stay and their routers new weights; they keep them if None.
         verify: Load what was written with stock transformers and compare its weights.
 
     Raises:
@@ -72,8 +88,7 @@ def apply(
         if part is None:
             axis = router_axes.get(names[name])
             if axis is not None:
-                layer = _layer_of(names[name], stays)
-                tensor = tensor.index_select(axis, torch.tensor(stays[layer], device=tensor.device))
+                tensor = _router_rows(tensor, axis, _layer_of(names[name], stays), stays, rebuilt)
             yield name, tensor
             return
         kept = stays[part.layer]
@@ -84,7 +99,7 @@ def apply(
             if new is None:
                 tensor = tensor.index_select(0, torch.tensor(kept, device=tensor.device))
         else:
-            tensor = _rebuilt_tensor(rebuilt(part.layer), part, new).to(tensor.dtype)
+            tensor = _rebuilt_tensor(rebuilt(part.layer).experts, part, new).to(tensor.dtype)
         yield name if new is None else _renumbered(name, part, new), tensor
 
     def check(written: Path) -> None:
@@ -108,13 +123,27 @@ class _Cache:
 
     def __init__(self, rebuild: Rebuild) -> None:
         self._rebuild = rebuild
-        self._layers: dict[int, Experts] = {}
+        self._layers: dict[int, Rebuilt] = {}
 
-    def __call__(self, layer: int) -> Experts:
+    def __call__(self, layer: int) -> Rebuilt:
         if layer not in self._layers:
             self._layers.clear()
             self._layers[layer] = self._rebuild(layer)
         return self._layers[layer]
+
+
+def _router_rows(
+    tensor: Tensor,
+    axis: int,
+    layer: int,
+    stays: dict[int, list[int]],
+    rebuilt: _Cache | None,
+) -> Tensor:
+    """What a router's tensor becomes: the entries of the experts that stay, or means of all."""
+    if tensor.is_meta or rebuilt is None:
+        return tensor.index_select(axis, torch.tensor(stays[layer], device=tensor.device))
+    mixed = torch.tensordot(rebuilt(layer).router, tensor.double(), dims=([1], [axis]))
+    return mixed.movedim(0, axis).to(tensor.dtype).contiguous()
 
 
 def _rebuilt_tensor(experts: Experts, part: ExpertTensor, expert: int | None) -> Tensor:
@@ -170,7 +199,7 @@ def _verify(
     for layer, kept in plan.experts.items():
         new = loaded[layer]
         if rebuilt is not None:
-            expected = rebuilt(layer)
+            expected = rebuilt(layer).experts
             at = torch.arange(len(kept))
         else:
             expected, at = read(layer), torch.tensor(kept)

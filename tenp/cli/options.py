@@ -99,6 +99,13 @@ class WeightsName(str, Enum):
     int8 = "int8"
 
 
+class DernInitName(str, Enum):
+    """The values of --dern-init."""
+
+    max_gate = "max-gate"
+    random = "random"
+
+
 class StreamName(str, Enum):
     """The values of --stream."""
 
@@ -162,17 +169,15 @@ def parse_shares(text: str) -> list[float]:
         raise InvalidArgument(f"--frontier must be shares like 0.9,0.8,0.7, got {text}") from None
 
 
-def dern(threshold: float, init: str, weighted: bool) -> Options:
+def dern(threshold: float, init: DernInitName, weighted: bool) -> Options:
     """Return the settings of DERN.
 
     Raises:
         InvalidArgument: One is out of range.
     """
-    if init not in ("max-gate", "own", "random"):
-        raise InvalidArgument(f"--dern-init must be max-gate, own or random, got {init}")
     if not -1 <= threshold <= 1:
         raise InvalidArgument(f"--dern-threshold must be between -1 and 1, got {threshold}")
-    return Options(threshold=threshold, init=init, weighted=weighted)  # type: ignore[arg-type]
+    return Options(threshold=threshold, init=init.value, weighted=weighted)
 
 
 Model = Annotated[
@@ -229,10 +234,10 @@ WorstDomain = Annotated[
 DernThreshold = Annotated[
     float, typer.Option(help="For dern: cosine above which a neuron is handed on.")
 ]
-DernInit = Annotated[str, typer.Option(help="For dern: max-gate, own or random centres.")]
+DernInit = Annotated[DernInitName, typer.Option(help="For dern: where the centres start.")]
 DernWeights = Annotated[
     bool,
-    typer.Option(help="For dern: weight neurons by their expert's router statistic."),
+    typer.Option(help="For dern: weight neurons by the router mass that comes with them."),
 ]
 SecondMoments = Annotated[
     bool,

@@ -38,7 +38,7 @@ def command(
     repair: options.Repair = options.RepairName.none,
     worst_domain: options.WorstDomain = False,
     dern_threshold: options.DernThreshold = 0.6,
-    dern_init: options.DernInit = "max-gate",
+    dern_init: options.DernInit = options.DernInitName.max_gate,
     dern_weights: options.DernWeights = True,
     seed: options.Seed = 0,
     model: Annotated[
