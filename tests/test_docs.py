@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import typer
 
+from support.fixtures import Command, Tiny
 from tenp.cli import app
 
 ROOT = Path(__file__).parents[1]
@@ -24,8 +27,36 @@ PAGES = sorted(
 )
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
-#: The line before a Python block that is shown only.
-NOT_RUN = "<!-- not run -->"
+#: The line before a Python block that is shown only, and why.
+NOT_RUN = "<!-- not run: "
+
+#: Pages that need what those before them wrote.
+IN_ORDER = [
+    *(
+        f"docs/cli/{name}.md"
+        for name in ("calibrate", "merge", "plan", "apply", "show", "evaluate")
+    ),
+    *("docs/cli/export.md", "docs/cli/prune.md", "docs/cli/report.md"),
+]
+
+#: Programs of shell blocks that are not run here, and why.
+ELSEWHERE = {
+    "pip": "installs",
+    "python3": "makes an environment",
+    "pytest": "would run itself",
+    "ruff": "CI runs it",
+    "mypy": "CI runs it",
+    "mkdocs": "CI runs it",
+    "lint-imports": "CI runs it",
+    "git": "formats the sources",
+    "cmake": "tests/test_cpp_consumer.py and CI build the library",
+    "build/consumer/consumer": "tests/test_cpp_consumer.py",
+    "torchrun": "tests/test_distributed.py starts several processes",
+    "python": "tests/test_lm_eval.py and tests/test_training.py run these",
+    "for": "tests/test_lm_eval.py",
+    "done": "tests/test_lm_eval.py",
+    "hf": "uploads",
+}
 
 
 def name_of(page: Path) -> str:
@@ -39,7 +70,7 @@ def blocks(page: Path, *languages: str) -> Iterator[tuple[int, str]]:
     opened: int | None = None
     for number, line in enumerate(lines):
         if opened is not None and line.strip() == "```":
-            if lines[opened - 1].strip() in fences and lines[opened - 2] != NOT_RUN:
+            if lines[opened - 1].strip() in fences and not lines[opened - 2].startswith(NOT_RUN):
                 yield opened + 1, "\n".join(lines[opened:number])
             opened = None
         elif opened is None and line.lstrip().startswith("```"):
@@ -87,6 +118,54 @@ def test_python_runs(page: Path, checkout: None) -> None:
 # ---- commands ----
 
 
+def commands(page: Path, *languages: str) -> Iterator[list[str]]:
+    """Yield the words of every line of a page's blocks; without languages, of those for a shell."""
+    for _, script in blocks(page, *(languages or ("sh", "bash"))):
+        for line in script.replace("\\\n", " ").split("\n"):
+            if languages and not line.startswith("tenp "):
+                continue  # what a command prints
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def expanded(word: str) -> list[str]:
+    """What a shell makes of a word: {a,b} and *."""
+    if braces := re.search(r"\{([^}]*)\}", word):
+        begin, end = word[: braces.start()], word[braces.end() :]
+        return [path for part in braces[1].split(",") for path in expanded(begin + part + end)]
+    return sorted(glob.glob(word)) or [word]  # noqa: PTH207 - relative, as a shell has it
+
+
+def remove(path: Path) -> None:
+    """Let another page write what a page before it wrote."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def test_shell_runs(checkout: None, tiny: Tiny, command: Command) -> None:
+    """Every `tenp` command of the documentation, page by page, with a tiny model for speed."""
+    pytest.importorskip("matplotlib")  # for `tenp report`
+    examples = Path("examples")
+    (examples / "tiny-moe").unlink()
+    (examples / "tiny-moe").symlink_to(tiny.directory)
+    Path("MODEL").symlink_to(tiny.directory)
+    shutil.copy(examples / "calibration/prose.jsonl", "text.jsonl")
+    others = [name_of(page) for page in PAGES if name_of(page) not in IN_ORDER]
+    ran = 0
+    for page in IN_ORDER + others:
+        for words in commands(ROOT / page):
+            if words[0] != "tenp":
+                assert words[0] in ELSEWHERE, f"{page}: {words}"
+                continue
+            if "--out" in words:
+                remove(Path(words[words.index("--out") + 1]))
+            result = command(*(path for word in words[1:] for path in expanded(word)))
+            assert result.code == 0, f"{page}: {words}: {result.err}"
+            ran += 1
+    assert ran >= 17
+
+
 def test_every_command_has_a_page() -> None:
     assert {page.stem for page in (ROOT / "docs/cli").glob("*.md")} == set(COMMANDS)
 
@@ -110,13 +189,10 @@ def test_options_anywhere_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_commands_shown_exist(page: Path) -> None:
-    for _, script in blocks(page, "sh", "bash"):
-        for line in script.replace("\\\n", " ").split("\n"):
-            words = shlex.split(line, comments=True)
-            if words[:1] != ["tenp"] or words[1].startswith("-"):
-                continue
+    for words in [*commands(page), *commands(page, "")]:
+        if words[0] == "tenp" and words[1] in COMMANDS:
             given = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
-            assert given <= options_of(words[1]), line
+            assert given <= options_of(words[1]), words
 
 
 # ---- links ----
