@@ -29,7 +29,11 @@ class Cost(NamedTuple):
 
 
 def model_card(
-    checkpoint: Checkpoint, plan: Plan, needs_tenp: bool, costs: Sequence[Cost] = ()
+    checkpoint: Checkpoint,
+    plan: Plan,
+    needs_tenp: bool,
+    costs: Sequence[Cost] = (),
+    is_int8: bool = False,
 ) -> str:
     """Return the model card of what `plan` makes of `checkpoint`, as Markdown with front matter.
 
@@ -38,6 +42,7 @@ def model_card(
         plan: What was kept.
         needs_tenp: Whether the result is loaded by tenp; stock runtimes load the others.
         costs: What it cost, if that was measured.
+        is_int8: Whether the experts' matrices were rounded to 8 bits on top of it.
     """
     name = _name(checkpoint)
     front_matter = {
@@ -70,7 +75,7 @@ def model_card(
 | routed parameters kept | 100 % | {plan.static_share():.2%} |
 | activated routed parameters kept | 100 % | {plan.activated_share:.2%} |
 {"".join(_cost_rows(cost) for cost in costs)}
-{_MEASURED if costs else _NOT_MEASURED}
+{_INT8 if is_int8 else ""}{_MEASURED if costs else _NOT_MEASURED}
 
 ## Use
 
@@ -121,6 +126,12 @@ dropped experts' neurons (DERN, Findings of EMNLP 2025, arXiv 2509.10377).""",
 _MEASURED = """\
 Perplexity and KL are means over the tokens of one file each. KL is that of the next-token
 distribution of the model before from that of the one after, in nats per token."""
+
+_INT8 = """\
+The kept matrices of the experts are stored in 8 bits with a scale for each neuron (`tenp apply
+--weights int8`), which the numbers above leave out.
+
+"""
 
 _NOT_MEASURED = "What this cost on text was not measured when it was made."
 

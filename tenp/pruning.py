@@ -155,7 +155,9 @@ def apply(
         pieces,
         extra_files={
             PLAN_FILE: plan._to_bytes(),
-            "README.md": model_card(checkpoint, plan, needs_tenp=fields is None).encode(),
+            "README.md": model_card(
+                checkpoint, plan, needs_tenp=fields is None, is_int8=int8 is not None
+            ).encode(),
         },
         verify=verify,
         resume=plan.digest() if resume else None,
