@@ -73,8 +73,14 @@ class TenpConfig(QuantizationConfigMixin):
         """Return the widths per decoder layer.
 
         Raises:
-            CheckpointError: The field holds something else.
+            CheckpointError: The field holds something else, or the format has another version.
         """
+        expected = INT8_FORMAT_VERSION if self.is_int8 else FORMAT_VERSION
+        if self.version != expected:
+            raise CheckpointError(
+                f"the pruned checkpoint must have format version {expected}, "
+                f"got {self.version}; load it with the version of tenp that wrote it"
+            )
         try:
             return {
                 int(layer): [int(width) for width in text.split(",")]
@@ -96,12 +102,6 @@ class TenpQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         is_int8 = self.quantization_config.is_int8
-        expected = INT8_FORMAT_VERSION if is_int8 else FORMAT_VERSION
-        if self.quantization_config.version != expected:
-            raise CheckpointError(
-                f"the pruned checkpoint must have format version {expected}, "
-                f"got {self.quantization_config.version}; load it with the version of tenp that wrote it"
-            )
         widths = self.quantization_config.layer_widths()
         layers = find_experts(model)
         if [experts.layer for experts in layers] != sorted(widths):
