@@ -2,8 +2,8 @@
 """The variable-width expert forward against transformers' experts, and against what the machine can do.
 
 transformers has one width per layer, so its experts run at full width only. tenp also runs at half the
-width, and at a TENP profile with as many neurons: a quarter of the experts whole, the rest narrowed. All
-have the same threads and the same routing, which takes another set of experts with every call, so that
+width, at a TENP profile with as many neurons (a quarter of the experts whole, the rest narrowed), and with
+full and half width in 8 bits. All have the same threads and the same routing, which takes another set of experts with every call, so that
 no cache holds the weights. "read" reads as many bytes as the active experts have, "multiply-add" does
 their arithmetic in registers, both in the same rounds.
 """
@@ -24,6 +24,7 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from tenp import ops
+from tenp.quantization import quantize
 
 #: Axes. Of the real models' 128 and 64 experts, as many as --memory has room for.
 SHAPES = {
@@ -76,7 +77,7 @@ class Layer:
         self.hidden, self.width, self.dtype = hidden, width, dtype
         self.top_k, self.experts = top_k, experts
 
-    def packed(self, widths: list[int]) -> tuple[Tensor, ...]:
+    def packed(self, widths: list[int]) -> dict[str, Tensor]:
         """Return what `expert_gemm` takes for the first `W_e` neurons of every expert."""
         gate, up = self.stock.gate_up_proj.chunk(2, dim=1)
         narrowed = [
@@ -84,7 +85,25 @@ class Layer:
         ]
         down = [self.stock.down_proj[expert, :, :width] for expert, width in enumerate(widths)]
         offsets = torch.tensor(ops.neuron_offsets(widths), dtype=torch.int32)
-        return *ops.pack(*narrowed, down, widths), torch.tensor(widths, dtype=torch.int32), offsets
+        gate_up, packed_down = ops.pack(*narrowed, down, widths)
+        return {
+            "gate_up": gate_up,
+            "down": packed_down,
+            "widths": torch.tensor(widths, dtype=torch.int32),
+            "neuron_offsets": offsets,
+        }
+
+    def quantized(self, packed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the same with int8 weights."""
+        gate_up, gate_up_scale = quantize(packed["gate_up"], neurons=0)
+        down, down_scale = quantize(packed["down"], neurons=0)
+        return {
+            **packed,
+            "gate_up": gate_up,
+            "down": down,
+            "gate_up_scale": gate_up_scale,
+            "down_scale": down_scale,
+        }
 
     def routings(self, tokens: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return (hidden states, expert ids, gates) of calls that take every expert equally often."""
@@ -109,7 +128,7 @@ class Layer:
 
 def experts_that_fit(sizes: dict[str, int], itemsize: int, memory: int) -> int:
     """Return how many experts there is memory for, once at full width twice and twice at half of it."""
-    one = 3 * sizes["hidden"] * sizes["width"] * itemsize * (2 + 2 * KEPT)
+    one = 3 * sizes["hidden"] * sizes["width"] * (itemsize * (2 + 2 * KEPT) + 1 + KEPT)
     return min(sizes["experts"], int(memory / one) // 8 * 8)
 
 
@@ -137,6 +156,8 @@ def main() -> None:
             name: layer.packed(widths)
             for name, widths in profiles(layer.width, layer.experts).items()
         }
+        packed["int8 full"] = layer.quantized(packed["full"])
+        packed["int8 uniform"] = layer.quantized(packed["uniform"])
         for tokens in arguments.tokens:
             case = {
                 "op": "expert_gemm",
@@ -160,7 +181,7 @@ def main() -> None:
 
 
 def providers_of(
-    layer: Layer, packed: dict[str, tuple[Tensor, ...]], tokens: int, ceilings: Ceilings
+    layer: Layer, packed: dict[str, dict[str, Tensor]], tokens: int, ceilings: Ceilings
 ) -> dict[str, Callable[[], Any]]:
     """Return what is compared at one number of tokens, after a check of the results."""
     calls = layer.routings(tokens)
@@ -170,7 +191,7 @@ def providers_of(
         return layer.stock(hidden, ids, gates.to(hidden.dtype))
 
     def ours(profile: str, hidden: Tensor, ids: Tensor, gates: Tensor) -> Tensor:
-        return ops.expert_gemm(hidden, ids, gates, *packed[profile])
+        return ops.expert_gemm(hidden, ids, gates, **packed[profile])
 
     expected = stock("eager", *calls[0]).float()
     error = (ours("full", *calls[0]).float() - expected).norm() / expected.norm()
@@ -196,7 +217,7 @@ def providers_of(
 def print_goals(records: list[dict[str, Any]]) -> None:
     """Print the ratios that goals are stated in, one line a case."""
     print(
-        "\nshape             dtype     tokens  of read  of FMA  of tiles  best stock  eager  grouped  half  tenp/uniform"
+        "\nshape             dtype     tokens  of read  of FMA  of tiles  best stock  eager  grouped  half  tenp/uniform  int8 best stock"
     )
     key = ("shape", "dtype", "tokens")
     for case, group in itertools.groupby(records, key=lambda record: [record[k] for k in key]):
@@ -215,6 +236,7 @@ def _figures(group: list[dict[str, Any]]) -> Iterator[str]:
         (ratio["transformers grouped_mm"], 9, ".2f"),
         (ratio["tenp uniform"], 6, ".2f"),
         (ratio["tenp tenp"] / ratio["tenp uniform"], 14, ".2f"),
+        (min(stock) / ratio["tenp int8 full"], 17, ".2f"),
     )
     for figure, width, form in figures:
         yield f"{'-' if figure is None else format(figure, form):>{width}}"

@@ -419,6 +419,8 @@ def test_nothing_outside_the_output_and_the_workspace_is_written(
         workspace.fill_(255)
         _C.expert_gemm(
             **inputs.to(device).arguments(),
+            gate_up_scale=None,
+            down_scale=None,
             out=out,
             workspace=workspace,
             max_width=max(case.widths),
@@ -434,6 +436,8 @@ def test_tf32_errs_by_no_more_than_its_rounding(gated: bool, device: torch.devic
     workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
     _C.expert_gemm(
         **inputs.to(device).arguments(),
+        gate_up_scale=None,
+        down_scale=None,
         out=out,
         workspace=workspace,
         max_width=max(case.widths),
@@ -458,6 +462,8 @@ def test_an_output_with_gaps_between_its_rows_keeps_the_gaps(device: torch.devic
     workspace = torch.empty(1 << 20, dtype=torch.uint8, device=device)
     _C.expert_gemm(
         **inputs.to(device).arguments(),
+        gate_up_scale=None,
+        down_scale=None,
         out=wide[:, 6:54],
         workspace=workspace,
         max_width=max(case.widths),

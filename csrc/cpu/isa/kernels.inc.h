@@ -8,6 +8,10 @@
 // library is used: a shared inline function compiled with AVX-512 could end up in code that runs
 // anywhere.
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <utility>
 
 #include "cpu/isa/kernels.h"
@@ -28,7 +32,6 @@ constexpr int kLanes = 4;  // SSE2, NEON
 using Vector [[gnu::vector_size(kLanes * sizeof(float))]] = float;
 using Quad [[gnu::vector_size(4 * sizeof(float))]] = float;
 using Bits [[gnu::vector_size(kLanes * sizeof(float))]] = std::uint32_t;
-using Bytes [[gnu::vector_size(kLanes)]] = std::int8_t;
 using ShortBits [[gnu::vector_size(kLanes * sizeof(std::uint16_t))]] = std::uint16_t;
 
 // A vector of doubles fills a register with half as many lanes.
@@ -56,16 +59,52 @@ template <class V>
     __builtin_memcpy(to, &from, sizeof(from));
 }
 
+// Widening is the one thing written with intrinsics: of a conversion to vectors of four times the
+// size gcc makes scalar code, and of one to twice the size two halves.
+
+using Integers [[gnu::vector_size(sizeof(Bits))]] = std::int32_t;
+
+#if defined(__AVX512F__)
+// With a mask, because gcc 12 warns of what is undefined in the forms without.
+constexpr __mmask16 kAll = 0xffff;
+#endif
+
+/// kLanes numbers of 16 bits with zeros above.
+[[gnu::always_inline]] inline Bits widen_shorts(const void* from) {
+#if defined(__AVX512F__)
+    return bits_as<Bits>(_mm512_maskz_cvtepu16_epi32(kAll, read<__m256i>(from)));
+#elif defined(__AVX2__)
+    return bits_as<Bits>(_mm256_cvtepu16_epi32(read<__m128i>(from)));
+#else
+    return __builtin_convertvector(read<ShortBits>(from), Bits);
+#endif
+}
+
+/// kLanes signed bytes.
+[[gnu::always_inline]] inline Integers widen_bytes(const void* from) {
+#if defined(__AVX512F__)
+    return bits_as<Integers>(_mm512_maskz_cvtepi8_epi32(kAll, read<__m128i>(from)));
+#elif defined(__AVX2__)
+    return bits_as<Integers>(
+        _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(from)))
+    );
+#else
+    using Bytes [[gnu::vector_size(kLanes)]] = std::int8_t;
+    using Shorts [[gnu::vector_size(sizeof(ShortBits))]] = std::int16_t;
+    return __builtin_convertvector(__builtin_convertvector(read<Bytes>(from), Shorts), Integers);
+#endif
+}
+
 [[gnu::always_inline]] inline Vector load(const float* from) {
     return read<Vector>(from);
 }
 
 [[gnu::always_inline]] inline Vector load(const BFloat16* from) {
-    return bits_as<Vector>(__builtin_convertvector(read<ShortBits>(from), Bits) << 16);
+    return bits_as<Vector>(widen_shorts(from) << 16);
 }
 
 [[gnu::always_inline]] inline Vector load(const Float16* from) {
-    const Bits value = __builtin_convertvector(read<ShortBits>(from), Bits);
+    const Bits value = widen_shorts(from);
     const Bits sign = (value & 0x8000u) << 16;
     const Bits magnitude = value & 0x7fffu;
     const Bits bias = Bits{} + (112u << 23);  // of the exponents, 127 - 15
@@ -77,8 +116,7 @@ template <class V>
 }
 
 [[gnu::always_inline]] inline Vector load(const std::int8_t* from) {
-    using Signed [[gnu::vector_size(sizeof(Bits))]] = std::int32_t;
-    return __builtin_convertvector(__builtin_convertvector(read<Bytes>(from), Signed), Vector);
+    return __builtin_convertvector(widen_bytes(from), Vector);
 }
 
 [[gnu::always_inline]] inline void store(float* to, Vector value) {
@@ -229,6 +267,8 @@ template <std::int64_t kMost, class F>
     f.template operator()<kMost>();
 }
 
+constexpr std::int64_t kCacheLine = 64;
+
 /// Asks for the cache line of an address.
 [[gnu::always_inline]] inline void prefetch(const void* address) {
     __builtin_prefetch(address);
@@ -255,7 +295,7 @@ template <std::int64_t kRows, std::int64_t kPitch, bool kAhead, class T>
     const T* const b3 = b[3];
     Vector sum[kRows][kNtColumns] = {};
     for (std::int64_t k = 0; k < depth; k += kLanes) {
-        if constexpr (kAhead) {
+        if (kAhead && k * static_cast<std::int64_t>(sizeof(T)) % kCacheLine == 0) {
             for (std::int64_t j = 0; j < kNtColumns; ++j) {
                 prefetch(ahead[j] + k);
             }
@@ -565,8 +605,7 @@ void gemm_nn(const Gemm<T, W>& g) {
     p = p * r + 1.0f;
     // 2^n in two factors, since n reaches +-150 and an exponent only 127.
     const Bits whole = bits_as<Bits>(shifted) - 0x4b400000u;
-    using Signed [[gnu::vector_size(sizeof(Bits))]] = std::int32_t;
-    const Bits first = bits_as<Bits>(bits_as<Signed>(whole) >> 1);
+    const Bits first = bits_as<Bits>(bits_as<Integers>(whole) >> 1);
     const Bits second = whole - first;
     return p * bits_as<Vector>((first + 127u) << 23) * bits_as<Vector>((second + 127u) << 23);
 }
