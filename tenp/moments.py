@@ -31,6 +31,11 @@ def packed_size(size: int) -> int:
     return size * (size + 1) // 2
 
 
+def unpacked_size(size: int) -> int:
+    """Return n of the symmetric `[n, n]` matrices that are packed into `size` numbers."""
+    return (isqrt(8 * size + 1) - 1) // 2
+
+
 def pack(matrices: Tensor) -> Tensor:
     """Return the upper triangles `[..., P]` of symmetric matrices `[..., n, n]`, row by row."""
     size = matrices.shape[-1]
@@ -39,7 +44,7 @@ def pack(matrices: Tensor) -> Tensor:
 
 def unpack(packed: Tensor) -> Tensor:
     """Return the symmetric matrices `[..., n, n]` of packed ones `[..., P]`."""
-    size = (isqrt(8 * packed.shape[-1] + 1) - 1) // 2
+    size = unpacked_size(packed.shape[-1])
     matrices = packed.new_zeros(*packed.shape[:-1], size * size)
     upper = _upper(size).to(packed.device)
     matrices[..., upper] = packed

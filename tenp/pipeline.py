@@ -350,6 +350,8 @@ def prune(
     run = run or Run()
     if budget.method == "best" or plan_options.get("refit"):
         run = dataclasses.replace(run, second_moments=True)
+    if budget.pool == "model":
+        run = dataclasses.replace(run, second_pass=True)
     # Everything that can be known to be wrong is found before the model is read.
     kept, _ = planning.check_budget(budget)
     run.torch_dtype()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,14 @@ class Repair:
         errors: Decoder layer index to the predicted squared output error of its experts, as shares
             of their squared output: `repaired` on all calibration tokens, `masked` without repair,
             `crossed` for one half of the samples when fitted on the other.
+        singular: Decoder layer index to the experts that saw fewer tokens than they have neurons: their
+            C is singular, and it is the ridge that decides. Layers without such are left out.
     """
 
     ridges: dict[int, list[float]]
     weights: dict[str, float]
     errors: dict[int, dict[str, float]]
+    singular: dict[int, list[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,12 @@ class Plan:
 def _read_repair(entry: dict[str, Any] | None) -> Repair | None:
     if entry is None:
         return None
-    return Repair(_by_layer(entry["ridges"]), entry["weights"], _by_layer(entry["errors"]))
+    return Repair(
+        _by_layer(entry["ridges"]),
+        entry["weights"],
+        _by_layer(entry["errors"]),
+        _by_layer(entry.get("singular", {})),
+    )
 
 
 def _by_layer(entry: dict[str, Any]) -> dict[int, Any]:

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from tenp.allocation import Pool
 from tenp.errors import PlanError
 from tenp.plan import Plan
 from tenp.scores import Scores
@@ -47,6 +48,8 @@ class Budget:
         width_multiple: Widths are multiples of this; None picks it from the full width.
         activated: Kept share of the routed parameters that calibration tokens activate, at most;
             for `best` only.
+        pool: For `best`: experts compete within their `layer`, or over the whole `model`.
+        floor: Share that every layer keeps at least when pooled over the model; None is keep / 2.
     """
 
     keep: float
@@ -56,6 +59,8 @@ class Budget:
     deep: float = 2.0
     width_multiple: int | None = None
     activated: float | None = None
+    pool: Pool = "layer"
+    floor: float | None = None
 
 
 def plan(
@@ -155,6 +160,8 @@ def settings_of(budget: Budget) -> dict[str, Any]:
         fields = {name: value for name, value in fields.items() if name not in _TRAPEZOID}
     if budget.activated is None:
         del fields["activated"]
+    if budget.pool == "layer":
+        del fields["pool"], fields["floor"]
     return fields
 
 
@@ -179,6 +186,17 @@ def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
             )
         if not 0 < budget.activated <= 1:
             raise PlanError(f"activated must be above 0 and at most 1, got {budget.activated}")
+    if budget.pool != "layer" and budget.method != "best":
+        raise PlanError(
+            f"widths pooled over the {budget.pool} need method best, got {budget.method}"
+        )
+    if budget.floor is not None:
+        if budget.pool != "model":
+            raise PlanError(
+                "a floor needs widths pooled over the model, got widths pooled per layer"
+            )
+        if not 0 <= budget.floor <= budget.keep:
+            raise PlanError(f"floor must be between 0 and keep, {budget.keep}, got {budget.floor}")
     if budget.width_multiple is not None and budget.width_multiple < 1:
         raise PlanError(f"width_multiple must be 1 or more, got {budget.width_multiple}")
     shallow, deep = _fraction("shallow", budget.shallow), _fraction("deep", budget.deep)

@@ -154,7 +154,8 @@ def widths_for(
 ) -> dict[int, list[int]]:
     """Return the widths that a budget buys, by layer.
 
-    Experts of a layer compete with each other, and every layer keeps the same share.
+    Raises:
+        InvalidArgument: Widths are to be pooled over the model, without measured sensitivities.
     """
     keep, _ = check_budget(budget)
     curves = []
@@ -163,10 +164,15 @@ def widths_for(
         guarded = removals.protected[layer].gather(1, removal.order)
         # Far above every cost, yet small enough to be added up.
         costs = costs.masked_fill(guarded, 1e9 * float(costs.max().clamp(min=1.0)))
-        curves.append(Curves(costs, statistics.layers[layer]["counts"].sum(dim=0).double()))
+        tokens = statistics.layers[layer]["counts"].sum(dim=0).double()
+        sensitivity = 1.0
+        if budget.pool == "model":
+            sensitivity = repair.sensitivity(statistics, layer, removals.weights)
+        curves.append(Curves(costs, tokens, sensitivity))
     width = curves[0].costs.shape[1]
     multiple = budget.width_multiple or automatic_width_multiple(width)
-    found = allocation.allocate(curves, multiple, float(keep), budget.activated)
+    floor = budget.keep / 2 if budget.floor is None else budget.floor
+    found = allocation.allocate(curves, multiple, float(keep), budget.activated, budget.pool, floor)
     return dict(zip(removals.layers, found, strict=True))
 
 
@@ -235,7 +241,8 @@ def _repaired(decided: Plan, statistics: Statistics, weights: Mapping[str, float
             "masked": sum(fit.masked for fit in fits) / energy,
             "crossed": sum(fit.cross for fit in fits) / energy,
         }
-    return dataclasses.replace(decided, repair=Repair(ridges, dict(weights), errors))
+    singular = repair.singular_experts(statistics)
+    return dataclasses.replace(decided, repair=Repair(ridges, dict(weights), errors, singular))
 
 
 def domain_errors(statistics: Statistics, decided: Plan) -> dict[str, float]:

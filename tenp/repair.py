@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tenp.errors import InvalidArgument
-from tenp.moments import FOLDS, unpack
+from tenp.moments import FOLDS, unpack, unpacked_size
 from tenp.statistics import LayerStatistics, Statistics
 
 #: Ridges to choose from, as shares of the mean diagonal of C_SS; the last one is no repair at all.
@@ -143,6 +143,43 @@ def masked_residual(gram: Tensor, moment: Tensor, keep: Tensor) -> float:
 def energy(gram: Tensor, moment: Tensor) -> Tensor:
     """Return `[E]`: sum_t g^2 |W m|^2, the error of keeping nothing, for `[E, n, n]` matrices."""
     return (gram * moment).sum(dim=(1, 2))
+
+
+def sensitivity(statistics: Statistics, layer: int, weights: Mapping[str, float]) -> float:
+    """Return the mean over tokens of |dL/dz|^2, z what the routed experts of a layer add up to.
+
+    To first order an error of the layer's output of random direction changes the loss in proportion.
+
+    Args:
+        statistics: Of a calibration with the second pass.
+        layer: Decoder layer index.
+        weights: What each domain's sum is multiplied by, by name: those of its second moments.
+
+    Raises:
+        InvalidArgument: The statistics do not have it.
+    """
+    sums = statistics.layers[layer]
+    if "output_sensitivity" not in sums:
+        raise InvalidArgument(
+            "widths pooled over the model need statistics with output_sensitivity, got some without; "
+            "calibrate with --second-pass"
+        )
+    factor = torch.tensor([weights[d.name] for d in statistics.domains], dtype=torch.float64)
+    return float(factor @ sums["output_sensitivity"])
+
+
+def singular_experts(statistics: Statistics) -> dict[int, list[int]]:
+    """Return the experts whose C is singular because they saw fewer tokens than it has rows, by layer.
+
+    The rank of a sum of `tokens` outer products is at most `tokens`. Layers without such are left out.
+    """
+    found = {}
+    for layer, sums in statistics.layers.items():
+        size = unpacked_size(sums["down_gram"].shape[-1])
+        few = sums["counts"].sum(dim=0) < size
+        if few.any():
+            found[layer] = torch.nonzero(few).flatten().tolist()
+    return found
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,17 @@
 """Repair is least squares, and its error is known before any forward pass."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from support.fixtures import Tiny, of_other_text
-from tenp import adapter, calibration, moments, pipeline, reconstruction, repair
+from support.fixtures import Command, Tiny, of_other_text
+from support.tiny_models import make_samples
+from tenp import adapter, calibration, moments, pipeline, planning, reconstruction, repair
+from tenp.cli import display
 from tenp.errors import InvalidArgument, PlanError, Unsupported
 from tenp.plan import Plan
 from tenp.planning import Budget
@@ -256,6 +259,69 @@ def _calls(model, layers, ids):
     for hook in hooks:
         hook.remove()
     return seen
+
+
+def test_layers_that_the_loss_feels_more_keep_more_of_a_common_pool(
+    with_moments: Statistics, tmp_path: Path, command: Command
+) -> None:
+    pooled = Budget(0.5, "best", pool="model", floor=0.25)
+    with pytest.raises(InvalidArgument, match="with output_sensitivity, got some without"):
+        pipeline.plan(with_moments, pooled)
+    first, *others = with_moments.layers
+    felt = dict.fromkeys(others, 1.0) | {first: 1e9}
+    layers = {
+        layer: {**sums, "output_sensitivity": torch.full((2,), felt[layer], dtype=torch.float64)}
+        for layer, sums in with_moments.layers.items()
+    }
+    measured = dataclasses.replace(with_moments, layers=layers)
+    kept = {n: float(k.double().mean()) for n, k in pipeline.plan(measured, pooled).keep.items()}
+    assert kept[first] == 1.0
+    # A block is 1/24 of a width, and what follows a safe block of an expert is safe.
+    assert all(0.25 - 1 / 24 <= kept[layer] < 0.5 for layer in others)
+    measured.save(tmp_path / "s.safetensors")
+    options = ("--keep", "0.5", "--method", "best", "--pool", "model", "--floor", "0.25")
+    result = command("plan", tmp_path / "s.safetensors", *options, "--dry-run", "--json")
+    assert result.json()["settings"]["pool"] == "model"
+    assert sum(result.json()["widths"][str(first)]) == layers[first]["down_norm"].numel()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "tenp", "pool": "model"}, "need method best, got tenp"),
+        ({"method": "best", "floor": 0.1}, "needs widths pooled over the model"),
+        ({"method": "best", "pool": "model", "floor": 0.6}, "between 0 and keep, 0.5, got 0.6"),
+    ],
+)
+def test_a_pool_that_cannot_be_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        planning.check_budget(Budget(0.5, **fields))  # type: ignore[arg-type]
+
+
+def test_experts_with_fewer_tokens_than_neurons_are_refitted_and_named(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    # 13 tokens in all: every expert of 24 neurons has a singular C, some have none at all.
+    few = [make_samples("few", (7, 6))]
+    model = adapter.load_model(tiny.directory)
+    statistics = calibration.collect(model, few, tiny.source, second_moments=True)
+    decided = pipeline.plan(statistics, Budget(0.5, "best"))
+    decided.save(tmp_path / "plan.json")
+    assert decided.repair is not None
+    everyone = {layer: list(range(len(keep))) for layer, keep in decided.keep.items()}
+    assert Plan.load(tmp_path / "plan.json").repair == decided.repair
+    assert decided.repair.singular == everyone
+    assert display.plan_summary(decided)["singular_experts"] == everyone
+    assert all(math.isfinite(v) for e in decided.repair.errors.values() for v in e.values())
+    pipeline.apply(tiny.checkpoint, decided, tmp_path / "out", statistics=statistics)
+    assert adapter.load_model(tmp_path / "out")(few[0].ids[0][None]).logits.isfinite().all()
+
+
+def test_experts_with_tokens_enough_are_not_called_singular(with_moments: Statistics) -> None:
+    doubled = with_moments
+    while min(int(sums["counts"].sum(0).min()) for sums in doubled.layers.values()) < 24:
+        doubled = merge([doubled, of_other_text(doubled)])
+    assert not repair.singular_experts(doubled)
 
 
 def test_the_worst_domain_gets_better(with_moments: Statistics) -> None:

@@ -128,9 +128,14 @@ def print_json(content: Any) -> None:
 
 def plan_summary(plan: Plan) -> dict[str, Any]:
     """Return the figures of a plan."""
-    errors = {} if plan.repair is None else {"predicted_errors": plan.repair.errors}
+    repair = {}
+    if plan.repair is not None:
+        repair = {
+            "predicted_errors": plan.repair.errors,
+            "singular_experts": plan.repair.singular,
+        }
     return {
-        **errors,
+        **repair,
         "settings": plan.settings,
         "static_share": plan.static_share(),
         "activated_share": plan.activated_share,
@@ -195,20 +200,31 @@ def print_plan(plan: Plan) -> None:
             f"predicted error of the experts' outputs {', '.join(figures)}",
             highlight=False,
         )
+        singular = [(layer, e) for layer, es in plan.repair.singular.items() for e in es]
+        if singular:
+            console.print(
+                f"{len(singular)} experts saw fewer tokens than they have neurons (layer/expert "
+                f"{_some(singular)}); a ridge makes their second moments regular",
+                highlight=False,
+            )
 
 
 def warn_of_coverage(measured: Statistics) -> None:
     """Say on stderr which experts saw too little text."""
     experts = under_covered_experts(measured)
     if experts:
-        where = ", ".join(f"{layer}/{expert}" for layer, expert in experts[:8]) + (
-            ", …" if len(experts) > 8 else ""
-        )
         Console(stderr=True).print(
             f"[yellow]warning:[/] {len(experts)} experts saw fewer than {MINIMUM_COVERAGE} calibration tokens "
-            f"(layer/expert {where}); their neurons are chosen on little evidence, see --under-covered",
+            f"(layer/expert {_some(experts)}); their neurons are chosen on little evidence, see --under-covered",
             highlight=False,
         )
+
+
+def _some(experts: Sequence[tuple[int, int]]) -> str:
+    """The first few of a list of experts."""
+    return ", ".join(f"{layer}/{expert}" for layer, expert in experts[:8]) + (
+        ", …" if len(experts) > 8 else ""
+    )
 
 
 def evaluation_rows(evaluations: Sequence[DomainEvaluation]) -> list[dict[str, Any]]:

@@ -99,6 +99,13 @@ class WeightsName(str, Enum):
     int8 = "int8"
 
 
+class PoolName(str, Enum):
+    """The values of --pool."""
+
+    layer = "layer"
+    model = "model"
+
+
 class DernInitName(str, Enum):
     """The values of --dern-init."""
 
@@ -226,6 +233,16 @@ Activated = Annotated[
 Repair = Annotated[
     RepairName,
     typer.Option(help="ls: refit the down projections of what is kept. best always does."),
+]
+Pool = Annotated[
+    PoolName,
+    typer.Option(help="For best: where experts compete for widths; model needs --second-pass."),
+]
+Floor = Annotated[
+    float | None,
+    typer.Option(
+        help="For --pool model: share that every layer keeps at least.", show_default="keep / 2"
+    ),
 ]
 WorstDomain = Annotated[
     bool,

@@ -35,6 +35,8 @@ def command(
     under_covered: options.UnderCovered = options.UnderCoveredName.warn,
     experts: options.Experts = None,
     activated: options.Activated = None,
+    pool: options.Pool = options.PoolName.layer,
+    floor: options.Floor = None,
     repair: options.Repair = options.RepairName.none,
     worst_domain: options.WorstDomain = False,
     dern_threshold: options.DernThreshold = 0.6,
@@ -67,7 +69,14 @@ def command(
     display.warn_of_coverage(loaded)
     if frontier is not None:
         budgets = [
-            Budget(share, "best", width_multiple=width_multiple, activated=activated)
+            Budget(
+                share,
+                "best",
+                width_multiple=width_multiple,
+                activated=activated,
+                pool=pool.value,
+                floor=floor,
+            )
             for share in options.parse_shares(frontier)
         ]
         display.show_frontier(
@@ -77,7 +86,9 @@ def command(
     assert keep is not None
     decided = pipeline.plan(
         loaded,
-        Budget(keep, method.value, alpha, shallow, deep, width_multiple, activated),
+        Budget(
+            keep, method.value, alpha, shallow, deep, width_multiple, activated, pool.value, floor
+        ),
         neuron_criterion=neurons.value,
         domain_weights=weights,
         under_covered=under_covered.value,

@@ -31,6 +31,8 @@ def command(
     under_covered: options.UnderCovered = options.UnderCoveredName.warn,
     experts: options.Experts = None,
     activated: options.Activated = None,
+    pool: options.Pool = options.PoolName.layer,
+    floor: options.Floor = None,
     repair: options.Repair = options.RepairName.none,
     worst_domain: options.WorstDomain = False,
     dern_threshold: options.DernThreshold = 0.6,
@@ -57,7 +59,9 @@ def command(
     quiet: options.Quiet = False,
 ) -> None:
     """Prune a checkpoint: calibrate, plan, write, verify, measure."""
-    budget = Budget(keep, method.value, alpha, shallow, deep, width_multiple, activated)
+    budget = Budget(
+        keep, method.value, alpha, shallow, deep, width_multiple, activated, pool.value, floor
+    )
     second_pass = neurons.value in NEEDS_SECOND_PASS or (
         experts is not None and experts.value in NEEDS_SECOND_PASS
     )
