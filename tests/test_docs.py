@@ -56,6 +56,8 @@ ELSEWHERE = {
     "for": "tests/test_lm_eval.py",
     "done": "tests/test_lm_eval.py",
     "hf": "uploads",
+    "vllm": ".ci/vllm serves with it",
+    ".ci/vllm": "needs vLLM",
 }
 
 
