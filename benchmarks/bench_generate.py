@@ -42,9 +42,13 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 def random_checkpoints(directory: Path, layers: int, keep: float) -> dict[str, Path]:
     """Write the random dense model and what pruning makes of it."""
     config = Qwen2MoeConfig(**SHAPES, num_hidden_layers=layers, eos_token_id=None)
-    torch.manual_seed(0)
     paths = {name: directory / name for name in ("dense", "pruned", "pruned int8")}
-    model = Qwen2MoeForCausalLM(config).to(torch.bfloat16)
+    torch.manual_seed(0)
+    with torch.device("meta"):  # the family's own initialisation takes minutes
+        model = Qwen2MoeForCausalLM(config).to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.03, 0.03)
     model.save_pretrained(paths["dense"])
     del model
     dense = Checkpoint(paths["dense"])
