@@ -6,8 +6,13 @@
 Prunes with TENP at the papers' shares, and with `best`, and runs lm-eval's tasks on the dense and
 every pruned model: GSM8K 8-shot, MBPP 3-shot, HumanEval 0-shot, ARC 25-shot for TENP (Findings of ACL
 2026, arXiv 2606.09885); BoolQ, PIQA, HellaSwag, ARC, OpenBookQA, WinoGrande and MMLU for DERN (Findings
-of EMNLP 2025, arXiv 2509.10377). --text measures with tenp's own evaluation instead, which is how the
-script is exercised on examples/tiny-moe. A finished row is not computed again.
+of EMNLP 2025, arXiv 2509.10377). A finished row is not computed again. On examples/tiny-moe the script
+is exercised with the tasks of tests/lm_eval_tasks, which need no network:
+
+    python benchmarks/paper.py examples/tiny-moe --calibration examples/calibration/*.jsonl --out results \
+        --tasks '{"tenp_choice": 2, "tenp_generate": 2}' --task-directory tests/lm_eval_tasks
+
+--text measures with tenp's own evaluation instead.
 """
 
 from __future__ import annotations
@@ -55,19 +60,23 @@ def budgets(model: str) -> list[tuple[str, Budget]]:
     return found + [(f"dern {share:g}", Budget(share, "dern")) for share in dern]
 
 
-def run_tasks(directory: str, tasks: dict[str, int], limit: int | None, device: str) -> Any:
+def run_tasks(directory: str, tasks: dict[str, int], arguments: argparse.Namespace) -> Any:
     """Run lm-eval on a model, and return its results by task."""
     import lm_eval  # `import tenp` above has taught transformers to load what was pruned
+    from lm_eval.tasks import TaskManager
 
+    own = arguments.task_directory
+    manager = TaskManager(include_path=own, include_defaults=own is None)
     results = {}
     for task, shots in tasks.items():
         found = lm_eval.simple_evaluate(
             model="hf",
             model_args=f"pretrained={directory},dtype=auto",
             tasks=[task],
+            task_manager=manager,
             num_fewshot=shots,
-            limit=limit,
-            device=device,
+            limit=arguments.limit,
+            device=arguments.device,
             confirm_run_unsafe_code=True,  # MBPP and HumanEval run what the model writes
         )
         results[task] = found["results"][task]
@@ -82,7 +91,12 @@ def measure(arguments: argparse.Namespace, directory: str) -> Any:
         found = pipeline.evaluate(directory, arguments.text, run, reference)
         return {row.domain: dataclasses.asdict(row) for row in found}
     tasks = arguments.tasks or MODELS.get(arguments.model, OTHERS)[1]
-    return run_tasks(directory, tasks, arguments.limit, arguments.device)
+    return run_tasks(directory, tasks, arguments)
+
+
+def save(file: Path, results: dict[str, Any]) -> None:
+    """Write the rows there are, so that a stopped run goes on after them."""
+    file.write_text(json.dumps({**results, "tenp": tenp.__version__}, indent=1) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,6 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", required=True, help="directory for models and results")
     parser.add_argument("--text", nargs="+", help="measure on text instead of lm-eval's tasks")
     parser.add_argument("--tasks", type=json.loads, help='{"task": shots} instead of the papers\'')
+    parser.add_argument("--task-directory", help="tasks of your own; lm-eval's are not read then")
     parser.add_argument("--limit", type=int, help="examples per task")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--keep-models", action="store_true", help="leave the pruned models there")
@@ -111,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     statistics = Statistics.load(statistics_file)
     if "dense" not in results:
         results["dense"] = {"results": measure(arguments, arguments.model)}
+        save(file, results)
     for name, budget in budgets(arguments.model):
         if name in results:
             continue
@@ -123,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "parameters": decided.total_parameters(),
             "results": measure(arguments, str(directory)),
         }
-        file.write_text(json.dumps({"tenp": tenp.__version__, **results}, indent=1) + "\n")
+        save(file, results)
         print(name, json.dumps(results[name]), flush=True)
         if not arguments.keep_models:
             shutil.rmtree(directory)
