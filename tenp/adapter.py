@@ -11,6 +11,8 @@ Written for transformers 5.17 to 5.23, and tested at both ends; no model family 
 from __future__ import annotations
 
 import copy
+import inspect
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,23 +27,30 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Transpose,
     WeightConverter,
     WeightRenaming,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from tenp.checkpoint import TensorEntry
 from tenp.errors import CheckpointError, InvalidArgument, TenpError, Unsupported
 
 _CALIBRATION = "tenp_calibration"
 
 #: Config attributes that set the width of the routed experts in some family.
 _WIDTH_FIELDS = ("moe_intermediate_size", "expert_ffn_hidden_size", "intermediate_size")
+
+#: Config attributes that set how many routed experts' widths the shared expert of a layer has.
+_SHARED_FIELDS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 
 #: Config attributes that set the number of routed experts, and how many a token gets.
 _COUNT_FIELDS = (
@@ -256,16 +265,48 @@ def find_experts(model: nn.Module) -> list[Experts]:
     ]
     kind = type(model).__name__
     if not found:
-        raise Unsupported(
-            f"{kind} must have routed experts to prune, got a dense model or an unknown kind of experts: looked for "
-            "modules with a 3-D down_proj and transformers' @use_experts_implementation"
-        )
+        raise Unsupported(f"{kind} must have routed experts to prune, got {_what_it_has(model)}")
+    names: dict[int, str] = {}
     for experts in found:
         if getattr(experts.module, "has_post_expert_norm", False):
             raise Unsupported(
                 f"{kind}: {experts.name} normalises each expert's output, which pruning would change"
             )
+        if experts.layer in names:
+            raise Unsupported(
+                f"{kind} must have one set of routed experts in a layer, got {names[experts.layer]} and {experts.name}"
+            )
+        names[experts.layer] = experts.name
     return sorted(found, key=lambda experts: experts.layer)
+
+
+def _what_it_has(model: nn.Module) -> str:
+    """Say of a model without the experts that tenp knows what it has in their place."""
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("torch."):
+            continue
+        matrices = {
+            key for key, tensor in module.named_parameters(recurse=False) if tensor.ndim == 3
+        }
+        if not matrices and not name.endswith(".experts"):
+            continue
+        what = f"{name} ({type(module).__name__})"
+        call = list(inspect.signature(module.forward).parameters)
+        if len(call) != 3:
+            return (
+                f"{what}, whose call is ({', '.join(call)}) and not "
+                "(hidden_states, top_k_index, top_k_weights)"
+            )
+        if "down_proj" not in matrices:
+            return f"{what} without a 3-D down_proj for all of them"
+        with_up = {len(getattr(module, key)) for key in matrices}
+        if len(with_up) != 1:
+            return f"{what}, of which some have no weights: its parameters are of {sorted(with_up)} experts"
+        return f"{what}, which is without transformers' @use_experts_implementation and cannot be stood in for"
+    return (
+        "a dense model: looked for modules with a 3-D down_proj and transformers' "
+        "@use_experts_implementation"
+    )
 
 
 def _layer_index(name: str) -> int:
@@ -297,7 +338,7 @@ def load_config(directory: Path) -> PreTrainedConfig:
     except (ValueError, KeyError) as error:
         raise Unsupported(
             f"{directory / 'config.json'} must describe a model that transformers {transformers.__version__} knows: "
-            f"looked for its model_type among the causal language models; {_first_line(error)}"
+            f"looked for its model_type; {_first_line(error)}"
         ) from error
     except OSError as error:
         raise CheckpointError(f"{directory}: {_first_line(error)}") from error
@@ -312,7 +353,7 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
 def load_model(
     directory: Path, dtype: torch.dtype | str = "auto", device: str = "cpu"
 ) -> PreTrainedModel:
-    """Load a causal language model for inference.
+    """Load a language model for inference.
 
     Args:
         directory: A local checkpoint.
@@ -320,14 +361,18 @@ def load_model(
         device: A torch device, or `auto` to spread the model over what there is.
 
     Raises:
-        Unsupported: The architecture is not known or is no causal language model, or the device
-            is not there.
+        Unsupported: The architecture is not known or is no language model, or the device is not
+            there.
         CheckpointError: The weights do not fit the config.
     """
     _require_device(device)
     config = load_config(directory)
+    stored = getattr(config, "quantization_config", None)
+    if isinstance(stored, dict) and stored.get("quant_method") == "mxfp4":
+        # Where there are kernels for MXFP4, its experts would be modules of another kind.
+        config.quantization_config = {**stored, "dequantize": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(config).from_pretrained(
             directory,
             config=config,
             dtype=dtype,
@@ -373,13 +418,33 @@ def vocabulary(model: PreTrainedModel) -> int:
     return int(embeddings.num_embeddings)
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """Return the model of a config with weights on the meta device: shapes and names, no memory."""
+def model_of_config(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """Return the model of a config with weights of no meaning.
+
+    Raises:
+        Unsupported: The architecture is no language model.
+    """
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+        return _auto_class(config).from_config(config, **options)
     except ValueError as error:
         raise Unsupported(f"{config.model_type}: {_first_line(error)}") from error
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model of a config with weights on the meta device: shapes and names, no memory."""
+    with torch.device("meta"):
+        return model_of_config(config)
+
+
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """What makes a model of a config: of text alone if there is such a class, else of text and more."""
+    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise Unsupported(
+        f"{config.model_type} must be a language model that predicts next tokens, but transformers has no such "
+        "class for it"
+    )
 
 
 @dataclass(frozen=True)
@@ -390,24 +455,36 @@ class ExpertTensor:
         experts: Path of the experts module.
         layer: Decoder layer index.
         expert: The expert, or None for a tensor that holds all experts of the layer.
-        part: `gate`, `up` or `down` of one expert; the parameter's own name in a tensor of all.
+        part: `gate`, `up` or `down` of one expert, `gate_bias` and so on of its biases; the
+            parameter's own name in a tensor of all.
+        is_stock: Whether the family's Hub format has such tensors. If not, it has one for all experts
+            of a layer, and this is one of those that pruning makes of it.
+        is_transposed: Whether it is stored the other way round than the model has it.
     """
 
     experts: str
     layer: int
     expert: int | None
     part: str
+    is_stock: bool = True
+    is_transposed: bool = False
+
+    def turned(self, tensor: Tensor) -> Tensor:
+        """Return a stored tensor as the model has it, or one of the model as it is stored."""
+        return tensor.transpose(1, 2) if self.is_transposed else tensor
 
 
-def expert_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, ExpertTensor]:
+def expert_tensors(
+    model: PreTrainedModel, stored: Mapping[str, TensorEntry]
+) -> dict[str, ExpertTensor]:
     """Tell which checkpoint tensors hold routed experts, by transformers' own weight conversions.
 
     Args:
         model: The model, on any device.
-        names: All tensor names of its checkpoint.
+        stored: All tensors of its checkpoint, or of one pruned from it.
 
     Raises:
-        CheckpointError: An expert's tensor is missing or named in no known way.
+        Unsupported: The experts are stored in an order that transformers changes while loading.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
@@ -415,10 +492,16 @@ def expert_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Ex
     parameters = model.state_dict()
     layers = {experts.name: experts for experts in find_experts(model)}
     found: dict[str, ExpertTensor] = {}
-    for name in names:
+    for name, entry in stored.items():
         target, pattern = rename_source_key(
             name, renamings, converters, model.base_model_prefix, parameters
         )
+        single = _SINGLE.fullmatch(target)
+        if pattern is None and single is not None and single[1] in layers:
+            part = single[3] + ("_bias" if single[4] == "bias" else "")
+            layer = layers[single[1]].layer
+            found[name] = ExpertTensor(single[1], layer, int(single[2]), part, is_stock=False)
+            continue
         module, _, parameter = target.rpartition(".")
         if module not in layers:
             continue
@@ -427,12 +510,74 @@ def expert_tensors(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Ex
             found[name] = ExpertTensor(module, layer, None, parameter)
             continue
         number = re.search(r"experts\.(\d+)\.", name)
+        if number is None and _is_transposing(pattern, converters):
+            turned = tuple(parameters[target].shape) != entry.shape
+            found[name] = ExpertTensor(module, layer, None, parameter, is_transposed=turned)
+            continue
         if number is None:
-            raise CheckpointError(f"{name} must name an expert by number, as {pattern} does")
+            raise Unsupported(
+                f"{name} must hold one expert, or all experts as the model does, but transformers rearranges it while "
+                "loading; load the model and save it with save_original_format=False first"
+            )
         found[name] = ExpertTensor(
             module, layer, int(number[1]), _part(parameter, pattern, converters)
         )
     return found
+
+
+def _is_transposing(pattern: str, converters: Iterable[WeightConverter]) -> bool:
+    """Whether what transformers does with a tensor while loading is to turn it round, where shapes differ."""
+    used = next(c for c in converters if pattern in c.source_patterns)
+    return [type(step) for step in used.operations] == [Transpose]
+
+
+#: What pruning calls the tensors of one expert where the Hub format has one for all of them.
+_SINGLE = re.compile(r"(.+)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)")
+
+
+def single_names(
+    model: PreTrainedModel, stored: str, part: ExpertTensor, projection: str, kind: str, count: int
+) -> list[str]:
+    """Return the names of the tensors of single experts, made of one that holds all of a layer.
+
+    Args:
+        model: The model, on any device.
+        stored: The name of that one in the checkpoint. Its path to the layer, which may differ from
+            the model's, is kept.
+        part: What it is.
+        projection: `gate`, `up` or `down`.
+        kind: `weight` or `bias`.
+        count: Experts in the layer.
+    """
+    # `save_pretrained` gives all names those of the Hub, so these have to get them now.
+    name = f"{part.experts}.0.{projection}_proj.{kind}"
+    [renamed] = revert_weight_conversion(model, {name: torch.empty(0)})
+    before, _, after = _with_path_of(stored, renamed, part.layer).rpartition(".0.")
+    return [f"{before}.{expert}.{after}" for expert in range(count)]
+
+
+def stock_tensors(
+    model: PreTrainedModel, stored: str, part: ExpertTensor, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the experts of a layer as the family's Hub format has them, by transformers' conversions.
+
+    Args:
+        model: The model, on any device.
+        stored: The checkpoint's name of one of their tensors, whose path to the layer is kept.
+        part: What that one is.
+        parameters: All experts of the layer, by the parameters' names in the module.
+    """
+    state = {f"{part.experts}.{name}": tensor for name, tensor in parameters.items()}
+    return {
+        _with_path_of(stored, name, part.layer): tensor
+        for name, tensor in revert_weight_conversion(model, state).items()
+    }
+
+
+def _with_path_of(stored: str, name: str, layer: int) -> str:
+    """Give a name in the model the path to the layers that a name in the checkpoint has."""
+    number = f".{layer}."
+    return stored.partition(number)[0] + number + name.partition(number)[2]
 
 
 def _part(parameter: str, pattern: str, converters: Iterable[WeightConverter]) -> str:
@@ -446,28 +591,39 @@ def _part(parameter: str, pattern: str, converters: Iterable[WeightConverter]) -
 def config_of_width(config: PreTrainedConfig, width: int) -> dict[str, Any] | None:
     """Return the config fields that give all routed experts one width, and nothing else another shape.
 
-    Every candidate field is tried on an empty model: in DeepSeek's families, for example, the field
-    of the routed experts also sets the shared expert, so there is no such config.
+    Every candidate field is tried on an empty model. In DeepSeek's families, for example, the field of
+    the routed experts also sets the shared expert, as so many times that width; there the number of
+    times is changed too, if the full width is a multiple of the new one.
 
     Args:
         config: The unpruned model's.
         width: The new width.
 
     Returns:
-        Fields to change in the (text) config, or None when the family has no such field.
+        Fields to change in the (text) config, or None when no such fields were found.
     """
-    others = _other_shapes(empty_model(config))
-    for field in _WIDTH_FIELDS:
-        changed = type(config).from_dict(config.to_dict())
-        if not isinstance(getattr(changed.get_text_config(), field, None), int):
+    before = empty_model(config)
+    others, full = _other_shapes(before), find_experts(before)[0].width
+    # As the file has them: an attribute may be another's alias.
+    text = config.get_text_config().to_dict()
+    shared: list[dict[str, int]] = [{}] + [
+        {field: text[field] * full // width}
+        for field in _SHARED_FIELDS
+        if isinstance(text.get(field), int) and text[field] * full % width == 0
+    ]
+    for field, times in itertools.product(_WIDTH_FIELDS, shared):
+        if not isinstance(text.get(field), int):
             continue
-        setattr(changed.get_text_config(), field, width)
+        fields = {field: width, **times}
+        changed = type(config).from_dict(config.to_dict())
+        for name, value in fields.items():
+            setattr(changed.get_text_config(), name, value)
         model = empty_model(changed)
         if (
             all(experts.width == width for experts in find_experts(model))
             and _other_shapes(model) == others
         ):
-            return {field: width}
+            return fields
     return None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -63,16 +64,14 @@ class TensorEntry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int = 0  # where its bytes begin in the file
-    scales: TensorEntry | None = None  # of its blocks in float8, of its neurons in int8
+    scales: TensorEntry | None = None  # of its blocks in float8 or MXFP4, of its neurons in int8
     stored_dtype: torch.dtype | None = None  # in the file, if another than `dtype`
+    stored_shape: tuple[int, ...] | None = None  # in the file, if another than `shape`: MXFP4
 
     @property
     def elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
@@ -81,8 +80,10 @@ class TensorEntry:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes in the file."""
-        return self.elements * (self.stored_dtype or self.dtype).itemsize
+        """Bytes in the file, without those of its scales."""
+        return (
+            math.prod(self.stored_shape or self.shape) * (self.stored_dtype or self.dtype).itemsize
+        )
 
 
 class Checkpoint:
@@ -90,9 +91,9 @@ class Checkpoint:
 
     Attributes:
         directory: Where it lies.
-        config: `config.json` as it is; without its quantization when float8 is read as bfloat16.
-        tensors: Name to entry, in the order of shards and then of names. Weights in float8 with a
-            scale per block appear as the bfloat16 weights that they stand for, without their scales;
+        config: `config.json` as it is; without its quantization when that is read as bfloat16.
+        tensors: Name to entry, in the order of shards and then of names. Weights in MXFP4, and in float8
+            with a scale per block, appear as the bfloat16 weights that they stand for, without their scales;
             int8 weights of tenp as weights in the dtype of their scales.
         block: `[rows, columns]` of a block of float8 weights, or None.
 
@@ -120,11 +121,12 @@ class Checkpoint:
                 if not expected or name in expected:
                     self.tensors[name] = TensorEntry(shard, dtype, shape, begin)
         self.block = _float8_block(self.config)
-        if self.block is not None:
+        is_mxfp4 = _settings(self.config).get("quant_method") == "mxfp4"
+        if self.block is not None or is_mxfp4:
             self.config = {k: v for k, v in self.config.items() if k != "quantization_config"}
-            self.tensors = _dequantized(self.tensors)
-        elif (self.config.get("quantization_config") or {}).get("weights") == "int8":
-            self.tensors = _dequantized_int8(self.tensors)
+            self.tensors = (_of_mxfp4 if is_mxfp4 else _of_float8)(self.tensors)
+        elif _settings(self.config).get("weights") == "int8":
+            self.tensors = _of_int8(self.tensors)
 
     @classmethod
     def resolve(cls, model: str | Path) -> Checkpoint:
@@ -278,20 +280,23 @@ class ShardWriter:
             self._file.close()
 
 
+def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return config.get("quantization_config") or {}
+
+
 #: How the scales of a float8 weight are named after it.
 _SCALES = "_scale_inv"
 
 
 def _float8_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Return the block of a checkpoint in DeepSeek-V3's float8 format."""
-    settings = config.get("quantization_config") or {}
-    block = settings.get("weight_block_size")
-    if settings.get("quant_method") != "fp8" or not block:
+    block = _settings(config).get("weight_block_size")
+    if _settings(config).get("quant_method") != "fp8" or not block:
         return None
     return int(block[0]), int(block[1])
 
 
-def _dequantized(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _of_float8(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Show float8 weights as bfloat16 and hide their scales."""
     shown = {}
     for name, entry in tensors.items():
@@ -306,7 +311,7 @@ def _dequantized(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     return shown
 
 
-def _dequantized_int8(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+def _of_int8(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Show int8 weights in the dtype of their scales and hide these."""
     hidden = {scale_name(name) for name, entry in tensors.items() if entry.dtype == torch.int8}
     shown = {}
@@ -319,6 +324,28 @@ def _dequantized_int8(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEnt
         if name not in hidden:
             shown[name] = entry
     return shown
+
+
+def _of_mxfp4(tensors: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Show the blocks `[E, R, G, 16]` of MXFP4 weights as bfloat16 `[E, 32 G, R]` and hide their scales."""
+    shown = {}
+    for name, entry in tensors.items():
+        if name.removesuffix("_scales") + "_blocks" in tensors:
+            continue
+        scales = tensors.get(name.removesuffix("_blocks") + "_scales")
+        if scales is not None:
+            name = name.removesuffix("_blocks")
+            experts, rows, groups, size = entry.shape
+            entry = dataclasses.replace(
+                entry,
+                dtype=torch.bfloat16,
+                shape=(experts, groups * size * 2, rows),
+                stored_dtype=entry.dtype,
+                stored_shape=entry.shape,
+                scales=scales,
+            )
+        shown[name] = entry
+    return dict(sorted(shown.items(), key=lambda item: (item[1].shard, item[0])))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _router_rows(
 def _rebuilt_tensor(experts: Experts, part: ExpertTensor, expert: int | None) -> Tensor:
     """What a checkpoint tensor becomes, from experts in the family's own fused layout."""
     if expert is None:
-        return getattr(experts.module, part.part)
+        return part.turned(getattr(experts.module, part.part))
     gate, up = experts.gate_and_up()
     matrices = {"gate": gate, "up": up, "down": experts.down}
     matrix = matrices[part.part]

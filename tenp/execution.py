@@ -20,7 +20,7 @@ import torch
 import transformers
 
 import tenp
-from tenp import memory
+from tenp import adapter, memory
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
 from tenp.errors import InvalidArgument
@@ -228,7 +228,7 @@ def _pruned_experts(
     plan = Plan.load(directory / PLAN_FILE)
     plan.validate(source)
     reader = Reader(pruned)
-    tensors = model.pruned_expert_tensors(pruned)
+    tensors = adapter.expert_tensors(model.model, pruned.tensors)
     return (
         lambda layer: expert_reader(model.experts[layer], tensors, reader, model.dtype),
         plan.digest(),

@@ -10,7 +10,6 @@ it, whatever the family, and no weights but those of one layer are needed.
 from __future__ import annotations
 
 import os
-import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import torch
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -88,11 +87,8 @@ class LayerwiseModel:
     ) -> None:
         self._reader, self.dtype, self.device = reader, dtype, torch.device(device)
         config = adapter.load_config(reader.checkpoint.directory)
-        try:
-            with _LargeOnMeta(), init_empty_weights(include_buffers=False):
-                self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except ValueError as error:
-            raise Unsupported(f"{config.model_type}: {error}") from error
+        with _LargeOnMeta(), init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = adapter.model_of_config(config, dtype=dtype)
         self.model.eval().requires_grad_(False)
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -286,18 +282,6 @@ class LayerwiseModel:
         """Layer to the number of values that it returns, 0 for no tuple; of the layers run so far."""
         return self._returned
 
-    def pruned_expert_tensors(self, pruned: Checkpoint) -> dict[str, ExpertTensor]:
-        """Return what the tensors of a checkpoint that was pruned from this one are to the experts."""
-        found = adapter.expert_tensors(self.model, pruned.tensors)
-        # Families that store all experts in one tensor: experts of different widths are stored apart.
-        layers = {experts.name: experts.layer for experts in self.experts.values()}
-        for name in pruned.tensors:
-            match = re.fullmatch(r"(.+)\.(\d+)\.(gate|up|down)_proj\.(weight|bias)", name)
-            if match is not None and match[1] in layers and name not in found:
-                part = match[3] + ("_bias" if match[4] == "bias" else "")
-                found[name] = ExpertTensor(match[1], layers[match[1]], int(match[2]), part)
-        return found
-
     def expert_reader(self, layer: int) -> Callable[[int], dict[str, Tensor]]:
         """Return a function that reads the parameters of one expert of a layer; any thread may call it."""
         return expert_reader(self.experts[layer], self._expert_names, self._reader, self.dtype)
@@ -406,9 +390,10 @@ def expert_reader(
             names.setdefault(part.expert, {})[part.part] = name
 
     def one_of_all(name: str, expert: int) -> Tensor:
+        part = tensors[name]
         if change is None:  # the rows of one expert are contiguous
-            return reader.read(name, first=expert, count=1)
-        return change(tensors[name], reader.read(name))[expert : expert + 1]
+            return part.turned(reader.read(name, first=expert, count=1))
+        return change(part, part.turned(reader.read(name)))[expert : expert + 1]
 
     def one(name: str) -> Tensor:
         tensor = reader.read(name)

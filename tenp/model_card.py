@@ -102,7 +102,7 @@ of checkpoint `{plan.source.fingerprint[:16]}…`.
 - Only routed experts are smaller. Attention, embeddings, shared experts and the cache of keys and
   values are as large as before.
 - What limits the model it was made from limits this one too: see its card.
-{_NEEDS_TENP if needs_tenp else ""}"""
+{_needs(plan) if needs_tenp else ""}"""
 
 
 #: Whose versions decide the numbers in the files.
@@ -164,10 +164,20 @@ vllm serve path/to/this/model
 
 All experts have one width, so any runtime that knows the architecture loads it."""
 
-_NEEDS_TENP = """\
-- Experts of different widths need tenp. Runtimes that know one width only can load what
+_PADDED = """\
+Runtimes that know one width only can load what
   `tenp export --padded` writes of this model, which computes the same and is as large as before.
 """
+
+
+def _needs(plan: Plan) -> str:
+    """Why it needs tenp, and what does not."""
+    if plan.uniform_width() is None:
+        return f"- Experts of different widths need tenp. {_PADDED}"
+    return (
+        "- All experts have one width, but no config field gives it to them in this format and leaves the\n"
+        f"  other layers as they are, so they need tenp. {_PADDED}"
+    )
 
 
 def _name(checkpoint: Checkpoint) -> str:

@@ -136,15 +136,17 @@ def apply(
             return
         part = tensors[name]
         keep = plan.keep[part.layer]
+        tensor = part.turned(tensor)
         if refit is not None:
             tensor = refit(part, tensor)
         if part.expert is not None:
             yield from quantized(name, _narrow(tensor, part.part, keep[part.expert]), part.part)
         elif fields is not None:
-            yield name, experts[part.experts].select_neurons(part.part, tensor, keep)
+            narrow = experts[part.experts].select_neurons(part.part, tensor, keep)
+            yield name, part.turned(narrow)
         else:
             for new_name, projection, matrix in _split_fused(
-                tensor, part, keep, experts[part.experts]
+                name, tensor, part, keep, experts[part.experts], model
             ):
                 yield from quantized(new_name, matrix, projection)
 
@@ -267,28 +269,92 @@ def export_padded(checkpoint: Checkpoint, out: Path) -> None:
     model = adapter.empty_model(dense)
     experts = {layer.name: layer for layer in adapter.find_experts(model)}
     tensors = adapter.expert_tensors(model, checkpoint.tensors)
-    if not any(part.expert is not None for part in tensors.values()):
-        raise Unsupported(
-            f"export: {type(model).__name__} must store its experts one by one on the Hub to be padded, "
-            "but stores one tensor for all of them"
-        )
+    reader = Reader(checkpoint)
+    layers = {
+        name: _PaddedLayer(experts[name], names, reader)
+        for name, names in _names_by_layer(tensors).items()
+    }
 
     def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         part = tensors.get(name)
         if part is None:
             yield name, tensor
-            return
-        axis = tensor.ndim - 1 if part.part == "down" else 0
-        shape = list(tensor.shape)
-        shape[axis] = experts[part.experts].width - shape[axis]
-        yield name, torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
+        elif part.is_stock:
+            yield name, _padded(tensor, part.part, experts[part.experts].width)
+        elif name == layers[part.experts].first:
+            parameters = layers[part.experts].parameters(tensor.device)
+            yield from adapter.stock_tensors(model, name, part, parameters).items()
 
     card = (
         (checkpoint.directory / "README.md").read_bytes()
         if (checkpoint.directory / "README.md").exists()
         else b""
     )
-    rewrite(checkpoint, out, config, pieces, extra_files={"README.md": card})
+    # A layer's experts are in memory together when the Hub format has one tensor for all of them.
+    memory = None if all(part.is_stock for part in tensors.values()) else 1
+    try:
+        rewrite(checkpoint, out, config, pieces, extra_files={"README.md": card}, memory=memory)
+    finally:
+        reader.close()
+
+
+class _PaddedLayer:
+    """The experts of one layer, padded and put together as the family's module has them.
+
+    Attributes:
+        first: The name of the first of their tensors, in whose place all are written.
+
+    Args:
+        experts: The family's, of the full width.
+        names: Per expert, what its tensors are to their names.
+        reader: The pruned checkpoint.
+    """
+
+    def __init__(
+        self, experts: Experts, names: Mapping[int | None, Mapping[str, str]], reader: Reader
+    ) -> None:
+        self._experts, self._names, self._reader = experts, names, reader
+        self.first = next(name for name in next(iter(names.values())).values())
+
+    def parameters(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the parameters by their names in the module; shapes alone on the meta device."""
+        whole: dict[str, Tensor] = {}
+        for expert in range(self._experts.num_experts):
+            parts = {
+                part: _padded(self._read(name, device), part, self._experts.width)
+                for part, name in self._names[expert].items()
+            }
+            for name, one in self._experts.fuse(parts).items():
+                if name not in whole:
+                    whole[name] = one.new_empty((self._experts.num_experts, *one.shape[1:]))
+                whole[name][expert] = one[0]
+        return whole
+
+    def _read(self, name: str, device: torch.device) -> Tensor:
+        if device.type != "meta":
+            return self._reader.read(name)
+        entry = self._reader.checkpoint.tensors[name]
+        return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+
+
+def _names_by_layer(
+    tensors: Mapping[str, ExpertTensor],
+) -> dict[str, dict[int | None, dict[str, str]]]:
+    """Return, for every experts module and expert, what its tensors are to their names, in order."""
+    names: dict[str, dict[int | None, dict[str, str]]] = {}
+    for name, part in tensors.items():
+        names.setdefault(part.experts, {}).setdefault(part.expert, {})[part.part] = name
+    return names
+
+
+def _padded(tensor: Tensor, part: str, width: int) -> Tensor:
+    """Add zeros to the rows of a gate or up projection or its bias, to the columns of a down projection."""
+    if part == "down_bias":
+        return tensor
+    axis = 1 if part == "down" else 0
+    shape = list(tensor.shape)
+    shape[axis] = width - shape[axis]
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
 
 
 def _narrow(tensor: Tensor, part: str, keep: Tensor) -> Tensor:
@@ -298,20 +364,15 @@ def _narrow(tensor: Tensor, part: str, keep: Tensor) -> Tensor:
 
 
 def _split_fused(
-    tensor: Tensor, part: ExpertTensor, keep: Tensor, experts: Experts
+    stored: str, tensor: Tensor, part: ExpertTensor, keep: Tensor, experts: Experts, model: Any
 ) -> Iterator[tuple[str, str, Tensor]]:
     """One tensor of all experts to (name, projection, matrix) per expert, as per-expert families have them."""
+    kind = "bias" if part.part.endswith("_bias") else "weight"
     for projection, stacked in experts.projections(part.part, tensor):
-        is_bias = part.part.endswith("_bias")
-        for expert, matrix in enumerate(stacked):
-            name = f"{part.experts}.{expert}.{projection}_proj.{'bias' if is_bias else 'weight'}"
-            yield (
-                name,
-                projection,
-                matrix
-                if projection == "down" and is_bias
-                else _narrow(matrix, projection, keep[expert]),
-            )
+        names = adapter.single_names(model, stored, part, projection, kind, len(stacked))
+        for name, matrix, mask in zip(names, stacked, keep, strict=True):
+            has_neurons = (projection, kind) != ("down", "bias")
+            yield name, projection, _narrow(matrix, projection, mask) if has_neurons else matrix
 
 
 def _expert_tensors(checkpoint: Checkpoint, model: Any) -> dict[str, ExpertTensor]:
@@ -336,17 +397,11 @@ def _check_fit(plan: Plan, experts: list[Experts]) -> None:
 
 
 def _with_fields(config: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Change fields where the config has them: at the top, or in the text part of a larger model."""
-    nested = {
-        key: _with_fields(value, fields)
-        for key, value in config.items()
-        if key.endswith("text_config")
-    }
-    return {
-        **config,
-        **nested,
-        **{key: value for key, value in fields.items() if key in config},
-    }
+    """Change fields of the text part of a config: a part of its own in larger models, else all of it."""
+    part = config.get("text_config")
+    if isinstance(part, Mapping):
+        return {**config, "text_config": _with_fields(part, fields)}
+    return {**config, **fields}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -57,6 +57,12 @@ class Reader:
             CheckpointError: The shard is gone, has changed, or cannot be read.
         """
         entry = self.checkpoint.tensors[name]
+        if entry.stored_shape is not None:
+            assert entry.scales is not None
+            experts = entry.shape[0] - first if count is None else count
+            blocks = self._read(entry, (experts, *entry.stored_shape[1:]), first)
+            scales = self._read(entry.scales, (experts, *entry.scales.shape[1:]), first)
+            return from_mxfp4(blocks, scales)
         if entry.scales is not None:
             weight = self._read(entry, entry.shape, 0)
             scales = self._read(entry.scales, entry.scales.shape, 0)
@@ -156,6 +162,31 @@ def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
     for number, band in enumerate(result.split(block[0])):
         band.mul_(spread[number])
     return result[:rows]
+
+
+#: The 16 values of 4 bits: a sign, two bits of exponent and one of mantissa.
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_FP4 = torch.cat([_FP4, -_FP4])
+
+
+def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """Return MXFP4 weights as bfloat16, which holds each of their values (OCP Microscaling Formats 1.0).
+
+    Args:
+        blocks: `[E, R, G, 16]`, uint8. Two numbers a byte, the lower half first; 32 share a scale.
+        scales: `[E, R, G]`, uint8. s stands for the factor 2^(s - 127).
+
+    Returns:
+        `[E, 32 G, R]`: transposed, as the experts that are stored so hold their weights.
+    """
+    experts, rows, groups, size = blocks.shape
+    result = torch.empty(experts, groups * size * 2, rows, dtype=torch.bfloat16)
+    for expert in range(experts):  # what is in between takes many times the room
+        halves = torch.stack([blocks[expert] & 15, blocks[expert] >> 4], dim=-1)  # [R, G, 16, 2]
+        factors = torch.ldexp(torch.ones(rows, groups), scales[expert].int() - 127)
+        values = _FP4[halves.flatten(2).int()] * factors[..., None]
+        result[expert] = values.flatten(1).t()
+    return result
 
 
 class LazyTensor:

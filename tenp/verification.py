@@ -64,7 +64,7 @@ def verify(
     source, result = Reader(checkpoint), Reader(Checkpoint(written))
     model = LayerwiseModel(source, torch.float32)
     tensors = adapter.expert_tensors(model.model, checkpoint.tensors)
-    pruned = model.pruned_expert_tensors(result.checkpoint)
+    pruned = adapter.expert_tensors(model.model, result.checkpoint.tensors)
     for name, entry in checkpoint.tensors.items():
         if name in tensors:
             continue

@@ -12,18 +12,15 @@ from transformers import PreTrainedModel
 from support.tiny_models import FAMILIES, make_model, make_samples, save_model, token_ids
 from tenp import adapter, calibration, evaluation, planning, pruning, scoring
 from tenp.checkpoint import Checkpoint
-from tenp.errors import Unsupported
 from tenp.plan import Plan
 from tenp.planning import Budget
 from tenp.runtime import TenpExperts
 from tenp.scores import Scores
 from tenp.statistics import Statistics
 
-#: Families whose hub format has one tensor for all experts of a layer.
-FUSED = ("gpt_oss", "gemma4_text", "granitemoe")
-
-#: Families in which the width of the routed experts also sets another part's.
-SHARED_WIDTH = ("deepseek_v2", "deepseek_v3", "glm4_moe", "ernie4_5_moe")
+#: Families in which a config field sets the width of the shared expert as well, to how many times that of
+#: the routed ones.
+SHARED_WIDTH = {"deepseek_v2": 2, "deepseek_v3": 1, "glm4_moe": 1, "ernie4_5_moe": 1}
 
 
 @dataclass(frozen=True)
@@ -115,20 +112,33 @@ def test_the_kernel_knows_the_familys_activation(family: Family) -> None:
 
 def test_a_padded_export_computes_the_same_in_stock_modules(family: Family) -> None:
     padded = family.root / "padded"
-    if family.name in FUSED:
-        with pytest.raises(Unsupported, match="must store its experts one by one"):
-            pruning.export_padded(Checkpoint(family.root / "pruned"), padded)
-        assert not padded.exists()
-        return
     pruning.export_padded(Checkpoint(family.root / "pruned"), padded)
+    written = Checkpoint(padded)
+    assert written.config == family.dense.config
+    assert _shapes(written) == _shapes(family.dense)  # under the same names
     model = adapter.load_model(padded)
     assert not any(isinstance(module, TenpExperts) for module in model.modules())
     _assert_equal_to_masked(family, model)
 
 
-def test_equal_widths_give_a_stock_checkpoint_where_the_config_can_say_so(family: Family) -> None:
-    budget = Budget(0.5, method="enp", width_multiple=4)
+def _shapes(checkpoint: Checkpoint) -> dict[str, object]:
+    return {name: (entry.dtype, entry.shape) for name, entry in checkpoint.tensors.items()}
+
+
+@pytest.mark.parametrize("width", [16, 12])
+def test_equal_widths_give_a_stock_checkpoint_where_the_config_can_say_so(
+    family: Family, width: int, tmp_path: Path
+) -> None:
+    full = next(iter(family.plan.keep.values())).shape[1]
+    budget = Budget((width + 1) / full, method="enp", width_multiple=4)
     plan = planning.plan(family.scores, family.statistics, budget)
-    pruning.apply(family.dense, plan, family.root / "enp")
-    config = Checkpoint(family.root / "enp").config
-    assert ("quantization_config" in config) == (family.name in SHARED_WIDTH)
+    assert plan.uniform_width() == width
+    pruning.apply(family.dense, plan, tmp_path / "enp")
+    # The shared expert keeps its width if that is a multiple of the new one.
+    stock = SHARED_WIDTH.get(family.name, 0) * full % width == 0
+    assert ("quantization_config" in Checkpoint(tmp_path / "enp").config) != stock
+    evaluation.mask_neurons(model := adapter.load_model(family.dense.directory), plan)
+    with torch.no_grad():
+        expected = model(token_ids()).logits
+        found = adapter.load_model(tmp_path / "enp")(token_ids()).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

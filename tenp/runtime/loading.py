@@ -128,6 +128,8 @@ class TenpQuantizer(HfQuantizer):
         packed: set[str] = set()
         for conversion in weight_conversions:
             if isinstance(conversion, WeightConverter) and _is_experts_conversion(conversion):
+                if not any("*" in pattern for pattern in conversion._original_source_patterns):
+                    continue  # of one tensor for all experts, which a pruned checkpoint has not
                 conversion = _packing(conversion)
                 packed.add(_leaf(conversion))
             ours.append(conversion)
