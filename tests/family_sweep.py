@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
+import re
 import sys
 import tempfile
 import traceback
@@ -58,13 +60,15 @@ class ExpertsClass:
     model_types: tuple[str, ...]  # with a language model in the same module, text alone first
 
 
+@functools.cache
 def experts_classes() -> list[ExpertsClass]:
     """Return all experts classes of the installed transformers, by name."""
     found = []
     for path in sorted((Path(transformers.__file__).parent / "models").glob("*/modeling_*.py")):
-        classes = [
-            node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)
-        ]
+        text = path.read_text()
+        if not re.search(r"^class \w+Experts\b", text, flags=re.MULTILINE):
+            continue  # parsing is slow
+        classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
         names = {node.name for node in classes}
         for node in classes:
             is_decorated = any(_DECORATOR in ast.unparse(d) for d in node.decorator_list)
@@ -343,40 +347,45 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def table(rows: list[Row]) -> str:
-    """Return both tables, of the families that work and of those that are refused, as Markdown."""
-    works = [row for row in rows if row.passed]
-    others = [row for row in rows if not row.passed]
-    decorated = sum(row.experts.is_decorated for row in rows)
-    lines = [
-        f"transformers {transformers.__version__} has {decorated} experts classes with the interface and "
-        f"{len(rows) - decorated} without. {len(works)} work:",
+def _line(row: Row) -> str:
+    if not row.passed:
+        return f"| {row.experts.name} | {row.reason.replace('|', '/')} |"
+    marks = ("✓" if row.passed[column] else "no" for column in PROOFS)
+    return f"| {row.experts.name} | `{row.model_type}` | {' | '.join(marks)} |"
+
+
+def lines_of_tables(page: Path) -> dict[str, str]:
+    """Return the classes that the tables of a page have rows for, with their lines."""
+    _, _, rest = page.read_text().partition(_BEGIN)
+    lines = [line for line in rest.partition(_END)[0].split("\n") if line.startswith("| ")]
+    found = {line.split("|")[1].strip(): line for line in lines}
+    return {name: line for name, line in found.items() if name != "experts class"}
+
+
+def write(page: Path, rows: list[Row]) -> None:
+    """Put rows into the two tables of a page, of what works and what is refused; others stay."""
+    lines = lines_of_tables(page) | {row.experts.name: _line(row) for row in rows}
+    ordered = [lines[name] for name in sorted(lines, key=str.lower)]
+    works = [line for line in ordered if line.count("|") > 3]
+    decorated = {experts.name for experts in experts_classes() if experts.is_decorated}
+    serves = sum(name in decorated for name in lines if lines[name] in works)
+    text = [
+        f"Of the {len(decorated)} experts classes in transformers {transformers.__version__} that have the interface, "
+        f"these {serves} work:",
         "",
         f"| experts class | `model_type` | {' | '.join(PROOFS)} |",
         "|---" * (2 + len(PROOFS)) + "|",
+        *works,
+        "",
+        "The others, and the classes without the interface, are refused, or no tiny model of them could be made:",
+        "",
+        "| experts class | why |",
+        "|---|---|",
+        *(line for line in ordered if line not in works),
     ]
-    for row in works:
-        marks = ("✓" if row.passed[column] else "no" for column in PROOFS)
-        lines.append(f"| {row.experts.name} | `{row.model_type}` | {' | '.join(marks)} |")
-    lines += ["", "The others are refused:", "", "| experts class | why |", "|---|---|"]
-    lines += [f"| {row.experts.name} | {row.reason.replace('|', '/')} |" for row in others]
-    return "\n".join(lines)
-
-
-def write(page: Path, text: str) -> None:
-    """Put the tables between their marks in a page."""
     before, _, rest = page.read_text().partition(_BEGIN)
-    _, _, after = rest.partition(_END)
-    page.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{after}")
-
-
-def classes_of_table(page: Path) -> set[str]:
-    """Return the classes that the tables of a page have rows for."""
-    _, _, rest = page.read_text().partition(_BEGIN)
-    lines = rest.partition(_END)[0].split("\n")
-    return {line.split("|")[1].strip() for line in lines if line.startswith("| ")} - {
-        "experts class"
-    }
+    after = rest.partition(_END)[2]
+    page.write_text("\n".join([before + _BEGIN, "", *text, "", _END + after]))
 
 
 def _chosen(names: list[str]) -> Iterator[ExpertsClass]:
@@ -388,21 +397,19 @@ def _chosen(names: list[str]) -> Iterator[ExpertsClass]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prove what docs/models.md says of families.")
     parser.add_argument("names", nargs="*", help="model types or classes; all if none")
-    parser.add_argument("--write", type=Path, help="the page to write the tables into")
+    parser.add_argument("--write", type=Path, help="the page whose tables get the rows")
     parser.add_argument("-v", action="store_true", help="show where it failed")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    rows = []
     for experts in _chosen(options.names):
         row = prove(experts)
-        rows.append(row)
         marks = "".join("✓" if passed else "x" for passed in row.passed.values())
         print(f"{experts.name:34} {row.model_type:28} {marks:10} {row.reason}", flush=True)
-    if options.write is not None:
-        write(options.write, table(rows))
+        if options.write is not None:
+            write(options.write, [row])
 
 
 if __name__ == "__main__":

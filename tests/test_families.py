@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from family_sweep import experts_classes, lines_of_tables
+from support.shrinking import tiny_configs
 from support.tiny_models import FAMILIES, make_model, make_samples, save_model, token_ids
 from tenp import adapter, calibration, evaluation, planning, pruning, scoring
 from tenp.checkpoint import Checkpoint
+from tenp.errors import Unsupported
 from tenp.plan import Plan
 from tenp.planning import Budget
 from tenp.runtime import TenpExperts
@@ -21,6 +26,37 @@ from tenp.statistics import Statistics
 #: Families in which a config field sets the width of the shared expert as well, to how many times that of
 #: the routed ones.
 SHARED_WIDTH = {"deepseek_v2": 2, "deepseek_v3": 1, "glm4_moe": 1, "ernie4_5_moe": 1}
+
+
+#: Model types that are refused, and what the sentence says of them.
+REFUSED = {
+    "llama4_text": r"feed_forward\.experts .*, whose call is \(hidden_states\) and not",
+    "jetmoe": r"mlp\.input_linear .*, whose call is \(inputs, expert_size\) and not",
+    "dbrx": r"ffn\.experts .* without a 3-D down_proj for all of them",
+    "longcat_flash": r"of which some have no weights: its parameters are of \[6, 8\] experts",
+    "step3p7": r"without transformers' @use_experts_implementation and cannot be stood in for",
+    "muse_spark": r"normalises each expert's output, which pruning would change",
+    "ernie4_5_vl_moe": r"one set of routed experts in a layer, got .*text_moe.* and .*vision_moe",
+    "switch_transformers": r"must be a language model that predicts next tokens",
+    "llama": r"got a dense model: looked for modules with a 3-D down_proj",
+}
+
+MODELS_PAGE = Path(__file__).parents[1] / "docs/models.md"
+
+
+@pytest.mark.parametrize("model_type", list(REFUSED))
+def test_what_cannot_be_served_is_refused_before_any_weight_is_read(model_type: str) -> None:
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {model_type}")
+    config = next(tiny_configs(model_type))()
+    with pytest.raises(Unsupported, match=REFUSED[model_type]):
+        adapter.find_experts(adapter.empty_model(config))
+
+
+def test_the_page_has_a_row_for_every_experts_class() -> None:
+    if f"transformers {transformers.__version__} " not in MODELS_PAGE.read_text():
+        pytest.skip("the page is of another version of transformers")
+    assert set(lines_of_tables(MODELS_PAGE)) == {experts.name for experts in experts_classes()}
 
 
 @dataclass(frozen=True)

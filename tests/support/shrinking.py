@@ -49,7 +49,7 @@ _SIZES = [
         "topk_group": 1,
         "zero_expert_num": 2,
         "first_k_dense_replace|num_dense_layers": 1,
-        ".*_layer_period": 2,
+        ".*_layer_period|layer_group_size": 2,
         ".*_layer_offset": 1,
         "(original_)?max_position_embeddings": 128,
         "(.*_)?(sliding_window|window_size)|index_topk": 16,
