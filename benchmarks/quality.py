@@ -261,6 +261,7 @@ def rows(bench: Bench, known: Callable[[dict[str, Any]], bool]) -> Iterator[dict
                 seconds = time.monotonic() - begin
                 yield {
                     **key,
+                    "samples": arguments.samples,
                     "static_share": decided.static_share(),
                     "activated_share": decided.activated_share,
                     "plan_seconds": round(seconds, 2),
