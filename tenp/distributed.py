@@ -7,7 +7,7 @@ first adds its batches to the sums as it goes; the others keep what each of thei
 wait for the sums so far, add their own batch by batch, and hand the sums on. So every sum is added
 up in the order of batches, whatever the number of processes. Only sums travel, once a layer or
 once an expert, and while one process adds the others compute; the last one tells all the result.
-Sums are on the CPU and travel by gloo, wherever the model computes.
+Sums travel through the CPU by gloo, wherever the model computes.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Group:
         Afterwards the sums are complete in the last process only.
 
         Args:
-            sums: `[D, ...]` each, on the CPU; those of the first process hold its batches already.
+            sums: `[D, ...]` each; those of the first process hold its batches already.
             contributions: Domain and sums without a domain axis, in the order of batches.
         """
         if self.size == 1:
@@ -124,9 +124,12 @@ class Group:
 
 
 def _packed(tensors: LayerStatistics) -> Tensor:
-    """All bytes of the tensors, one after another: one message instead of one each."""
+    """All bytes of the tensors, one after another, on the CPU: one message instead of one each."""
     return torch.cat(
-        [tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in sorted(tensors.items())]
+        [
+            tensor.cpu().contiguous().view(-1).view(torch.uint8)
+            for _, tensor in sorted(tensors.items())
+        ]
     )
 
 
