@@ -76,6 +76,59 @@ def accumulate_neuron_contribution(
     workspace: _Array | None = None,
     stream: int = 0,
 ) -> None: ...
+def accumulate_second_moment(
+    activations: _Array,
+    gates: _Array,
+    offsets: _Array,
+    second_moment: _Array,
+    has_bias: bool,
+    stream: int = 0,
+) -> None: ...
+def expert_activations(
+    hidden: _Array,
+    offsets: _Array,
+    slots: _Array,
+    gate: _Array | None,
+    up: _Array,
+    gate_bias: _Array | None,
+    up_bias: _Array | None,
+    activations: _Array,
+    per_token: int,
+    activation: str,
+    limit: float,
+    alpha: float,
+    workspace: _Array | None = None,
+    stream: int = 0,
+) -> None: ...
+def expert_statistics(
+    hidden: _Array,
+    activations: _Array,
+    down: _Array,
+    down_bias: _Array | None,
+    offsets: _Array,
+    slots: _Array,
+    rows: _Array,
+    gates: _Array,
+    out: _Array,
+    counts: _Array,
+    gate_sum: _Array,
+    normalized_gate_sum: _Array,
+    norm_sum: _Array,
+    gated_norm_sum: _Array,
+    norm_max: _Array,
+    direction_change: _Array,
+    input_energy: _Array,
+    projection: _Array,
+    magnitude: _Array,
+    energy: _Array,
+    peak: _Array,
+    workspace: _Array,
+    stream: int = 0,
+) -> None: ...
+def expert_activations_workspace_bytes(rows: int, experts: int, neurons: int) -> int: ...
+def expert_statistics_workspace_bytes(
+    rows: int, experts: int, hidden_size: int, neurons: int, dtype: str
+) -> int: ...
 def route_workspace_bytes(slots: int, experts: int) -> int: ...
 def activation_stats_workspace_bytes(rows: int, experts: int) -> int: ...
 def direction_change_workspace_bytes(rows: int, experts: int) -> int: ...

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,15 @@ _TOP_K_FIELDS = (
     "moe_k",
     "top_k",
 )
+
+#: What `tenp.ops` calls the activations that need no parameter.
+_PLAIN_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+}
 
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
@@ -145,6 +155,29 @@ class Experts:
         if self._is_concatenated:
             return self.module._apply_gate(torch.cat([gate, up], dim=-1))
         return self.module._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+
+    @cached_property
+    def kernel_activation(self) -> tuple[str, float, float] | None:
+        """(activation, limit, alpha) with which `tenp.ops` computes this family's gate, if any does.
+
+        Families differ by overridden methods, not by names one could trust, so the gate is asked:
+        it is evaluated on a grid and compared with every activation that the kernels know.
+        """
+        grid = torch.linspace(-12.0, 12.0, 49, device="cpu")
+        gate, up = (axis.flatten() for axis in torch.meshgrid(grid, grid, indexing="ij"))
+        with torch.no_grad():
+            asked = self.apply_gate(gate if self.has_gate else None, up)
+        for name, function in _PLAIN_ACTIVATIONS.items():
+            expected = function(gate) * up if self.has_gate else function(up)
+            if torch.allclose(asked, expected, atol=1e-5):
+                return name, 0.0, 0.0
+        limit, alpha = (getattr(self.module, field, None) for field in ("limit", "alpha"))
+        if self.has_gate and limit is not None and alpha is not None:
+            glu = gate.clamp(max=limit)
+            expected = (up.clamp(-limit, limit) + 1) * glu * torch.sigmoid(alpha * glu)
+            if torch.allclose(asked, expected, atol=1e-5):
+                return "swiglu_oai", float(limit), float(alpha)
+        return None
 
     def projections(self, parameter: str, fused: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yield (`gate`, `up` or `down`, view) of a tensor of all experts, one view per projection.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -156,13 +157,31 @@ class _Collector:
 
 @dataclass(frozen=True)
 class Routed:
-    """The rows that one batch sends to the routed experts of a layer, by expert and then by token."""
+    """What one batch sends to the routed experts of a layer."""
 
     hidden: Tensor  # [T, H], what router and experts receive
-    offsets: Tensor  # [E + 1], int32; rows of expert e are offsets[e] to offsets[e + 1]
-    tokens: Tensor  # [S], int64
-    gates: Tensor  # [S], float32
-    shares: Tensor  # [S], float64, the gate's share of all gates of its token
+    routing: ops.Routing  # of all experts of the layer
+    gates: Tensor  # [T, k], float32, 0 where a slot names no expert
+
+    @property
+    def offsets(self) -> Tensor:
+        """`[E + 1]`, int32: the rows of expert e are `offsets[e]` to `offsets[e + 1]`."""
+        return self.routing.offsets
+
+    @cached_property
+    def row_slots(self) -> Tensor:
+        """`[S]`, int64: which of the flattened `[T, k]` slots every row is."""
+        return self.routing.slots[: int(self.offsets[-1])].long()
+
+    @property
+    def row_tokens(self) -> Tensor:
+        """`[S]`, int64."""
+        return self.row_slots // self.gates.shape[1]
+
+    @property
+    def row_gates(self) -> Tensor:
+        """`[S]`, float32."""
+        return self.gates.flatten()[self.row_slots]
 
 
 def route(
@@ -188,13 +207,7 @@ def route(
         )
     index = torch.where(attended[:, None], top_k_index, -1)
     routing = ops.route(index, experts.num_experts)
-    slots = routing.slots[: int(routing.offsets[-1])].long()
-    gates = top_k_weights.flatten()[slots].float()
-    tokens = slots // top_k_index.shape[1]
-    totals = torch.zeros(len(hidden), dtype=torch.float64, device=gates.device)
-    totals.index_add_(0, tokens, gates.double())
-    shares = gates.double() / torch.where(totals > 0, totals, 1.0)[tokens]
-    return Routed(hidden, routing.offsets, tokens, gates, shares)
+    return Routed(hidden, routing, torch.where(routing.rows >= 0, top_k_weights.float(), 0.0))
 
 
 def note_weights(experts: Experts, layer: LayerStatistics, first: int = 0) -> None:
@@ -235,32 +248,61 @@ def add_experts(
         out: `[T, H]`, float32, added to.
         first: Which of the layer's experts is the first of the n.
     """
-    bounds = routed.offsets[first : first + experts.num_experts + 1]
-    offsets = [int(bound) for bound in (bounds - bounds[0]).tolist()]
-    rows = slice(int(bounds[0]), int(bounds[-1]))
-    tokens, gates = routed.tokens[rows], routed.gates[rows]
-    activations = routed.hidden.new_empty(len(tokens), experts.width)
-    outputs = routed.hidden.new_empty(len(tokens), experts.down.shape[1])
-    down_bias = experts.biases()[2]
-    for expert in range(experts.num_experts):
-        mine = slice(offsets[expert], offsets[expert + 1])
-        if mine.start == mine.stop:
-            continue
-        activations[mine] = experts.activations(expert, routed.hidden[tokens[mine]])
-        torch.mm(activations[mine], experts.down[expert].t(), out=outputs[mine])
-        contribution = outputs[mine] if down_bias is None else outputs[mine] + down_bias[expert]
-        out.index_add_(0, tokens[mine], contribution.float() * gates[mine, None])
-    _add_statistics(
-        experts,
-        sums,
+    offsets, slots, rows = routed.routing
+    if experts.num_experts < len(offsets) - 1:
+        offsets = offsets[first : first + experts.num_experts + 1]
+        begin, end = offsets[:: experts.num_experts].tolist()
+        offsets, slots, rows = offsets - begin, slots[begin:end], rows - begin
+    activations = _activations(experts, routed.hidden, offsets, slots, rows.shape[1])
+    per_batch = {name: total for name, total in sums.items() if name != "second_moment"}
+    ops.expert_statistics(
         routed.hidden,
         activations,
-        outputs,
-        tokens.int(),
-        gates,
-        routed.shares[rows],
-        bounds - bounds[0],
+        experts.down,
+        offsets,
+        slots,
+        rows,
+        routed.gates,
+        down_bias=experts.biases()[2],
+        out=out,
+        **per_batch,
     )
+    if "second_moment" in sums:
+        ops.accumulate_second_moment(
+            activations,
+            routed.gates.flatten()[slots.long().clamp(min=0)],
+            offsets,
+            second_moment=sums["second_moment"],
+            has_bias=moments.variables(experts) > experts.width,
+        )
+
+
+def _activations(
+    experts: Experts, hidden: Tensor, offsets: Tensor, slots: Tensor, experts_per_token: int
+) -> Tensor:
+    """Return m `[S, I]`: by the kernel, or for what it does not know expert by expert in torch."""
+    gate, up = experts.gate_and_up()
+    if experts.kernel_activation is not None and up.stride(-1) == 1:
+        activation, limit, alpha = experts.kernel_activation
+        gate_bias, up_bias, _ = experts.biases()
+        return ops.expert_activations(
+            hidden,
+            offsets,
+            slots,
+            gate,
+            up,
+            experts_per_token,
+            gate_bias=gate_bias,
+            up_bias=up_bias,
+            activation=activation,
+            limit=limit,
+            alpha=alpha,
+        )
+    activations = hidden.new_empty(len(slots), experts.width)
+    for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
+        tokens = slots[begin:end] // experts_per_token
+        activations[begin:end] = experts.activations(expert, hidden[tokens])
+    return activations
 
 
 def run_expert(one: Experts, routed: Routed, out: Tensor, expert: int) -> None:
@@ -273,52 +315,11 @@ def run_expert(one: Experts, routed: Routed, out: Tensor, expert: int) -> None:
         expert: Which of the layer's experts it is.
     """
     rows = slice(*routed.offsets[expert : expert + 2].tolist())
-    tokens = routed.tokens[rows]
+    tokens = routed.row_tokens[rows]
     outputs = one.activations(0, routed.hidden[tokens]) @ one.down[0].t()
     if (down_bias := one.biases()[2]) is not None:
         outputs = outputs + down_bias[0]
-    out.index_add_(0, tokens, outputs.float() * routed.gates[rows, None])
-
-
-def _add_statistics(
-    experts: Experts,
-    sums: LayerStatistics,
-    hidden: Tensor,  # [T, H]
-    activations: Tensor,  # [S, I]
-    outputs: Tensor,  # [S, H]
-    tokens: Tensor,  # [S], int32
-    gates: Tensor,  # [S]
-    shares: Tensor,  # [S], float64, of the token's gates
-    offsets: Tensor,  # [E + 1]
-) -> None:
-    def of(*names: str) -> LayerStatistics:
-        return {name: sums[name] for name in names}
-
-    ops.accumulate_activation_stats(
-        outputs,
-        gates,
-        offsets,
-        **of("counts", "gate_sum", "norm_sum", "gated_norm_sum", "norm_max"),
-    )
-    ops.accumulate_direction_change(
-        hidden, outputs, tokens, gates, offsets, **of("direction_change")
-    )
-    ops.accumulate_neuron_contribution(
-        activations,
-        outputs,
-        experts.down,
-        gates,
-        offsets,
-        **of("projection", "magnitude", "energy", "peak"),
-    )
-    squares = gates.double().square()
-    for expert, (begin, end) in enumerate(pairwise(offsets.tolist())):
-        mine = slice(begin, end)
-        x = hidden[tokens[mine].long()].double()
-        sums["input_energy"][expert] += squares[mine] @ x.square()
-        sums["normalized_gate_sum"][expert] += shares[mine].sum()
-        if "second_moment" in sums:
-            moments.add_second_moment(sums["second_moment"][expert], activations[mine], gates[mine])
+    out.index_add_(0, tokens, outputs.float() * routed.row_gates[rows, None])
 
 
 def column_norms(down: Tensor) -> Tensor:

@@ -64,23 +64,6 @@ def variables(experts: Experts) -> int:
     return experts.width + int(experts.biases()[2] is not None)
 
 
-def add_second_moment(total: Tensor, activations: Tensor, gates: Tensor) -> None:
-    """Add sum_t g_t^2 m_t m_t^T of one expert.
-
-    Args:
-        total: `[P]`, float64, packed; added to.
-        activations: `[S, I]`. m.
-        gates: `[S]`.
-
-    Note:
-        2 S n^2 FLOPs in float64.
-    """
-    weighted = gates.double().unsqueeze(1) * activations.double()
-    if packed_size(activations.shape[1]) != total.shape[0]:
-        weighted = torch.cat([weighted, gates.double().unsqueeze(1)], dim=1)
-    total += pack(weighted.t() @ weighted)
-
-
 def down_gram(experts: Experts) -> Tensor:
     """Return W_d^T W_d of every expert, `[E, P]` float64 packed, the down bias as a last column."""
     bias = experts.biases()[2]

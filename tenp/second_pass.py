@@ -152,13 +152,12 @@ class _Collector:
         with torch.no_grad():
             routed = route(experts, hidden, top_k_index, top_k_weights, attended)
         # Again with gradients; the order of the rows is known now.
-        slots = _slots(routed, top_k_index)
-        gates = top_k_weights.flatten()[slots].float()
+        gates = top_k_weights.flatten()[routed.row_slots].float()
         down_bias = experts.biases()[2]
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         activations, norms = [], []
         for expert, (begin, end) in enumerate(pairwise(routed.offsets.tolist())):
-            tokens = routed.tokens[begin:end]
+            tokens = routed.row_tokens[begin:end]
             m = experts.activations(expert, hidden[tokens])
             y = F.linear(m, experts.down[expert])
             norms.append(y.detach().double().norm(dim=1))
@@ -187,18 +186,10 @@ def _add_residual_change(
     h, z = before.double(), added.double()
     change = (1 - F.cosine_similarity(h, h + z, dim=1)).clamp(min=0)
     for expert, (begin, end) in enumerate(pairwise(routed.offsets.tolist())):
-        weight = routed.gates[begin:end].double() * norms[expert]
-        sums["residual_change"][domain, expert] += (weight @ change[routed.tokens[begin:end]]).cpu()
-
-
-def _slots(routed: Routed, top_k_index: Tensor) -> Tensor:
-    """`[S]`: where in the flattened `[T, k]` every row is."""
-    experts = torch.repeat_interleave(
-        torch.arange(len(routed.offsets) - 1, device=top_k_index.device),
-        routed.offsets.diff(),
-    )
-    matches = top_k_index[routed.tokens] == experts[:, None]
-    return routed.tokens * top_k_index.shape[1] + matches.int().argmax(dim=1)
+        weight = routed.row_gates[begin:end].double() * norms[expert]
+        sums["residual_change"][domain, expert] += (
+            weight @ change[routed.row_tokens[begin:end]]
+        ).cpu()
 
 
 @torch.no_grad()
@@ -212,7 +203,7 @@ def _add(
 ) -> None:
     for expert, (begin, end) in enumerate(pairwise(routed.offsets.tolist())):
         rows = slice(begin, end)
-        upstream = gradient[routed.tokens[rows]] * routed.gates[rows, None]
+        upstream = gradient[routed.row_tokens[rows]] * routed.row_gates[rows, None]
         neurons = upstream.to(experts.down.dtype) @ experts.down[expert]
         energies = (
             activations[expert].double().square().sum(0),

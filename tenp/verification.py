@@ -113,7 +113,7 @@ def _compare(layer: int, experts: Experts, routed: Routed, pairs: Any, widths: l
     offsets = routed.offsets.tolist()
     for expert, (dense, narrow) in enumerate(pairs):
         rows = slice(offsets[expert], offsets[expert + 1])
-        tokens = routed.tokens[rows]
+        tokens = routed.row_tokens[rows]
         x = routed.hidden[tokens if len(tokens) else slice(_SUBSTITUTES)]
         expected = _output(experts.with_parameters(dense), x)
         one = experts.with_parameters(narrow)
@@ -128,7 +128,7 @@ def _compare(layer: int, experts: Experts, routed: Routed, pairs: Any, widths: l
                 "of its largest output"
             )
         if len(tokens):
-            out.index_add_(0, tokens, expected * routed.gates[rows, None])
+            out.index_add_(0, tokens, expected * routed.row_gates[rows, None])
     return out
 
 

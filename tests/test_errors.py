@@ -368,7 +368,7 @@ def test_ctrl_c_leaves_nothing_behind(
         signal.raise_signal(signal.SIGINT)
 
     if stage == "calibrate":
-        monkeypatch.setattr(calibration.ops, "accumulate_direction_change", interrupt)
+        monkeypatch.setattr(calibration.ops, "expert_statistics", interrupt)
     elif stage == "write":
         monkeypatch.setattr(ShardWriter, "write", interrupt)
     else:
@@ -395,7 +395,7 @@ def test_memory_that_runs_out_is_an_error_with_advice(prune, tiny: Tiny, monkeyp
     def out_of_memory(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.\nMore lines")
 
-    monkeypatch.setattr(calibration.ops, "accumulate_direction_change", out_of_memory)
+    monkeypatch.setattr(calibration.ops, "expert_statistics", out_of_memory)
     _assert_refused(prune(tiny.directory), "out of memory", "--batch-tokens")
 
 

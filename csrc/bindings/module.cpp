@@ -24,7 +24,7 @@ tenp::Stream as_stream(std::uintptr_t stream) {
     return reinterpret_cast<tenp::Stream>(stream);
 }
 
-tenp::Activation activation_of(const std::string& name) {
+tenp::Activation activation_of(const std::string& op, const std::string& name) {
     using enum tenp::Activation;
     static const std::pair<const char*, tenp::Activation> kNames[] = {
         {"silu", kSilu}, {"gelu", kGelu},   {"gelu_tanh", kGeluTanh},
@@ -38,7 +38,7 @@ tenp::Activation activation_of(const std::string& name) {
         known.append(known.empty() ? "" : ", ").append(known_name);
     }
     throw tenp::InvalidArgument(
-        "expert_gemm: activation must be one of " + known + ", got '" + name + "'"
+        op + ": activation must be one of " + known + ", got '" + name + "'"
     );
 }
 
@@ -215,6 +215,151 @@ void accumulate_neuron_contribution(
     tenp::accumulate_neuron_contribution(args, as_stream(stream));
 }
 
+void accumulate_second_moment(
+    const py::object& activations,
+    const py::object& gates,
+    const py::object& offsets,
+    const py::object& second_moment,
+    bool has_bias,
+    std::uintptr_t stream
+) {
+    const char* op = "accumulate_second_moment";
+    const Borrowed activations_(op, "activations", activations);
+    const Borrowed gates_(op, "gates", gates);
+    const Borrowed offsets_(op, "offsets", offsets);
+    const Borrowed second_moment_(op, "second_moment", second_moment);
+    const tenp::SecondMomentArgs args{
+        .activations = activations_.view(),
+        .gates = gates_.view(),
+        .offsets = offsets_.view(),
+        .second_moment = second_moment_.view(),
+        .has_bias = has_bias,
+    };
+    const py::gil_scoped_release release;
+    tenp::accumulate_second_moment(args, as_stream(stream));
+}
+
+void expert_activations(
+    const py::object& hidden,
+    const py::object& offsets,
+    const py::object& slots,
+    const py::object& gate,
+    const py::object& up,
+    const py::object& gate_bias,
+    const py::object& up_bias,
+    const py::object& activations,
+    std::int32_t per_token,
+    const std::string& activation,
+    float limit,
+    float alpha,
+    const py::object& workspace,
+    std::uintptr_t stream
+) {
+    const char* op = "expert_activations";
+    const Borrowed hidden_(op, "hidden", hidden);
+    const Borrowed offsets_(op, "offsets", offsets);
+    const Borrowed slots_(op, "slots", slots);
+    const Borrowed gate_(op, "gate", gate);
+    const Borrowed up_(op, "up", up);
+    const Borrowed gate_bias_(op, "gate_bias", gate_bias);
+    const Borrowed up_bias_(op, "up_bias", up_bias);
+    const Borrowed activations_(op, "activations", activations);
+    const Borrowed workspace_(op, "workspace", workspace);
+    const tenp::ExpertActivationsArgs args{
+        .hidden = hidden_.view(),
+        .offsets = offsets_.view(),
+        .slots = slots_.view(),
+        .gate = gate_.view(),
+        .up = up_.view(),
+        .gate_bias = gate_bias_.view(),
+        .up_bias = up_bias_.view(),
+        .per_token = per_token,
+        .activation = activation_of(op, activation),
+        .limit = limit,
+        .alpha = alpha,
+        .activations = activations_.view(),
+        .workspace = workspace_.view(),
+    };
+    const py::gil_scoped_release release;
+    tenp::expert_activations(args, as_stream(stream));
+}
+
+void expert_statistics(
+    const py::object& hidden,
+    const py::object& activations,
+    const py::object& down,
+    const py::object& down_bias,
+    const py::object& offsets,
+    const py::object& slots,
+    const py::object& rows,
+    const py::object& gates,
+    const py::object& out,
+    const py::object& counts,
+    const py::object& gate_sum,
+    const py::object& normalized_gate_sum,
+    const py::object& norm_sum,
+    const py::object& gated_norm_sum,
+    const py::object& norm_max,
+    const py::object& direction_change,
+    const py::object& input_energy,
+    const py::object& projection,
+    const py::object& magnitude,
+    const py::object& energy,
+    const py::object& peak,
+    const py::object& workspace,
+    std::uintptr_t stream
+) {
+    const char* op = "expert_statistics";
+    const Borrowed hidden_(op, "hidden", hidden);
+    const Borrowed activations_(op, "activations", activations);
+    const Borrowed down_(op, "down", down);
+    const Borrowed down_bias_(op, "down_bias", down_bias);
+    const Borrowed offsets_(op, "offsets", offsets);
+    const Borrowed slots_(op, "slots", slots);
+    const Borrowed rows_(op, "rows", rows);
+    const Borrowed gates_(op, "gates", gates);
+    const Borrowed out_(op, "out", out);
+    const Borrowed counts_(op, "counts", counts);
+    const Borrowed gate_sum_(op, "gate_sum", gate_sum);
+    const Borrowed normalized_gate_sum_(op, "normalized_gate_sum", normalized_gate_sum);
+    const Borrowed norm_sum_(op, "norm_sum", norm_sum);
+    const Borrowed gated_norm_sum_(op, "gated_norm_sum", gated_norm_sum);
+    const Borrowed norm_max_(op, "norm_max", norm_max);
+    const Borrowed direction_change_(op, "direction_change", direction_change);
+    const Borrowed input_energy_(op, "input_energy", input_energy);
+    const Borrowed projection_(op, "projection", projection);
+    const Borrowed magnitude_(op, "magnitude", magnitude);
+    const Borrowed energy_(op, "energy", energy);
+    const Borrowed peak_(op, "peak", peak);
+    const Borrowed workspace_(op, "workspace", workspace);
+    const tenp::ExpertStatisticsArgs args{
+        .hidden = hidden_.view(),
+        .activations = activations_.view(),
+        .down = down_.view(),
+        .down_bias = down_bias_.view(),
+        .offsets = offsets_.view(),
+        .slots = slots_.view(),
+        .rows = rows_.view(),
+        .gates = gates_.view(),
+        .out = out_.view(),
+        .counts = counts_.view(),
+        .gate_sum = gate_sum_.view(),
+        .normalized_gate_sum = normalized_gate_sum_.view(),
+        .norm_sum = norm_sum_.view(),
+        .gated_norm_sum = gated_norm_sum_.view(),
+        .norm_max = norm_max_.view(),
+        .direction_change = direction_change_.view(),
+        .input_energy = input_energy_.view(),
+        .projection = projection_.view(),
+        .magnitude = magnitude_.view(),
+        .energy = energy_.view(),
+        .peak = peak_.view(),
+        .workspace = workspace_.view(),
+    };
+    const py::gil_scoped_release release;
+    tenp::expert_statistics(args, as_stream(stream));
+}
+
 void expert_gemm(
     const py::object& hidden,
     const py::object& expert_ids,
@@ -263,7 +408,7 @@ void expert_gemm(
         .down_bias = down_bias_.view(),
         .gate_up_scale = gate_up_scale_.view(),
         .down_scale = down_scale_.view(),
-        .activation = activation_of(activation),
+        .activation = activation_of(op, activation),
         .gated = gated,
         .limit = limit,
         .alpha = alpha,
@@ -340,6 +485,39 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("outputs"), arg("down"), arg("gates"), arg("offsets"), arg("projection"),
         arg("magnitude"), arg("energy"), arg("peak"), arg("workspace") = py::none(),
         arg("stream") = 0
+    );
+    m.def(
+        "accumulate_second_moment", &accumulate_second_moment, arg("activations"), arg("gates"),
+        arg("offsets"), arg("second_moment"), arg("has_bias"), arg("stream") = 0
+    );
+    m.def(
+        "expert_activations", &expert_activations, arg("hidden"), arg("offsets"), arg("slots"),
+        arg("gate"), arg("up"), arg("gate_bias"), arg("up_bias"), arg("activations"),
+        arg("per_token"), arg("activation"), arg("limit"), arg("alpha"),
+        arg("workspace") = py::none(), arg("stream") = 0
+    );
+    m.def(
+        "expert_statistics", &expert_statistics, arg("hidden"), arg("activations"), arg("down"),
+        arg("down_bias"), arg("offsets"), arg("slots"), arg("rows"), arg("gates"), arg("out"),
+        arg("counts"), arg("gate_sum"), arg("normalized_gate_sum"), arg("norm_sum"),
+        arg("gated_norm_sum"), arg("norm_max"), arg("direction_change"), arg("input_energy"),
+        arg("projection"), arg("magnitude"), arg("energy"), arg("peak"), arg("workspace"),
+        arg("stream") = 0
+    );
+    m.def(
+        "expert_activations_workspace_bytes", &tenp::expert_activations_workspace_bytes,
+        arg("rows"), arg("experts"), arg("neurons")
+    );
+    m.def(
+        "expert_statistics_workspace_bytes",
+        [](std::int64_t rows, std::int64_t experts, std::int64_t hidden_size, std::int64_t neurons,
+           const std::string& dtype) {
+            return tenp::expert_statistics_workspace_bytes(
+                rows, experts, hidden_size, neurons,
+                float_dtype_of("expert_statistics_workspace_bytes", dtype)
+            );
+        },
+        arg("rows"), arg("experts"), arg("hidden_size"), arg("neurons"), arg("dtype")
     );
     m.def("route_workspace_bytes", &tenp::route_workspace_bytes, arg("slots"), arg("experts"));
     m.def(

@@ -7,9 +7,12 @@
 
 #include "tenp/activation_stats.h"
 #include "tenp/direction_change.h"
+#include "tenp/expert_activations.h"
 #include "tenp/expert_gemm.h"
+#include "tenp/expert_statistics.h"
 #include "tenp/neuron_contribution.h"
 #include "tenp/routing.h"
+#include "tenp/second_moment.h"
 
 // What a backend provides. Arguments have passed the checks of core/<op>.cpp.
 
@@ -20,7 +23,13 @@ void tile_table(const TileTableArgs& args);
 void accumulate_activation_stats(const ActivationStatsArgs& args);
 void accumulate_direction_change(const DirectionChangeArgs& args);
 void accumulate_neuron_contribution(const NeuronContributionArgs& args);
+void accumulate_second_moment(const SecondMomentArgs& args);
+void expert_activations(const ExpertActivationsArgs& args);
+void expert_statistics(const ExpertStatisticsArgs& args);
 void expert_gemm(const ExpertGemmArgs& args);
+std::size_t expert_statistics_workspace_bytes(
+    std::int64_t rows, std::int64_t hidden_size, DType dtype
+);
 std::size_t expert_gemm_workspace_bytes(
     std::int64_t tokens,
     std::int64_t experts_per_token,
@@ -42,6 +51,9 @@ void tile_table(const TileTableArgs& args, Stream stream);
 void accumulate_activation_stats(const ActivationStatsArgs& args, Stream stream);
 void accumulate_direction_change(const DirectionChangeArgs& args, Stream stream);
 void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream stream);
+void accumulate_second_moment(const SecondMomentArgs& args, Stream stream);
+void expert_activations(const ExpertActivationsArgs& args, Stream stream);
+void expert_statistics(const ExpertStatisticsArgs& args, Stream stream);
 void expert_gemm(const ExpertGemmArgs& args, Stream stream);
 
 // Bytes of workspace; 0 in a build without CUDA.
@@ -50,6 +62,16 @@ std::size_t activation_stats_workspace_bytes(std::int64_t rows, std::int64_t exp
 std::size_t direction_change_workspace_bytes(std::int64_t rows, std::int64_t experts);
 std::size_t neuron_contribution_workspace_bytes(
     std::int64_t rows, std::int64_t experts, std::int64_t neurons
+);
+std::size_t expert_activations_workspace_bytes(
+    std::int64_t rows, std::int64_t experts, std::int64_t neurons
+);
+std::size_t expert_statistics_workspace_bytes(
+    std::int64_t rows,
+    std::int64_t experts,
+    std::int64_t hidden_size,
+    std::int64_t neurons,
+    DType dtype
 );
 std::size_t expert_gemm_workspace_bytes(
     std::int64_t tokens,

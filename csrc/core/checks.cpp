@@ -160,6 +160,19 @@ void Checks::array(
     }
 }
 
+void Checks::contiguous_along(Named array, std::size_t axis, std::size_t other_axis) const {
+    const TensorView& view = array.view;
+    const auto is_contiguous = [&](std::size_t a) {
+        return view.stride.at(a) == 1 || view.shape.at(a) <= 1;
+    };
+    if (!is_contiguous(axis) && !is_contiguous(other_axis)) {
+        fail(
+            array.name, "contiguous along its second or third dimension",
+            "strides " + shape_text({view.stride[0], view.stride[1], view.stride[2]})
+        );
+    }
+}
+
 void Checks::apart(Named written, std::initializer_list<Named> others) const {
     if (written.view.data != nullptr && !is_empty(written.view) && rows_overlap(written.view)) {
         fail(written.name, "without overlapping rows", "a row stride smaller than a row");

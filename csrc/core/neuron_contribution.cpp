@@ -29,15 +29,7 @@ void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream s
     check.array(activations, dtype, {rows, neurons}, Layout::kRows);
     check.array(outputs, dtype, {rows, hidden_size}, Layout::kRows);
     check.array(down, dtype, {experts, hidden_size, neurons}, Layout::kAny);
-    const auto contiguous_along = [&](std::size_t axis) {
-        return args.down.stride[axis] == 1 || args.down.shape[axis] <= 1;
-    };
-    if (!contiguous_along(1) && !contiguous_along(2)) {
-        check.fail(
-            "down", "contiguous along its second or third dimension",
-            "strides " + shape_text({args.down.stride[0], args.down.stride[1], args.down.stride[2]})
-        );
-    }
+    check.contiguous_along(down, 1, 2);
     check.array(gates, DType::kFloat32, {rows});
     check.array(offsets, DType::kInt32, {experts + 1});
     for (const Named& sum : {projection, magnitude, energy, peak}) {

@@ -52,22 +52,11 @@ __global__ void __launch_bounds__(kThreads) row_norms_kernel(
     }
 }
 
-struct ExpertSums {
-    const std::int32_t* offsets;  // [E+1]
-    const float* gates;           // [S]
-    const double* norms;          // [S]
-    std::int64_t* counts;         // [E]
-    double* gate_sum;             // [E]
-    double* norm_sum;             // [E]
-    double* gated_norm_sum;       // [E]
-    double* norm_max;             // [E]
-};
-
 /// Adds an expert's rows to its sums.
 /// Grid: one block an expert.
 /// A thread sums every 256th row; the threads' sums are added in a fixed tree.
 /// Shared memory: one double per warp.
-/// Holds: norms come from row_norms_kernel.
+/// Holds: nothing.
 __global__ void __launch_bounds__(kThreads) expert_sums_kernel(ExpertSums args) {
     auto* partial = shared_memory<double>();
     const int expert = static_cast<int>(blockIdx.x);
@@ -122,6 +111,14 @@ void row_norms(
     });
 }
 
+void add_expert_sums(const ExpertSums& sums, std::int64_t experts, Stream stream) {
+    launch(
+        expert_sums_kernel,
+        {.blocks = experts, .threads = kThreads, .shared_bytes = kWarps * sizeof(double)}, stream,
+        sums
+    );
+}
+
 std::size_t activation_stats_workspace_bytes(std::int64_t rows, std::int64_t) {
     Workspace workspace;
     workspace.take<double>(rows);
@@ -147,11 +144,7 @@ void accumulate_activation_stats(const ActivationStatsArgs& args, Stream stream)
         .gated_norm_sum = data<double>(args.gated_norm_sum),
         .norm_max = data<double>(args.norm_max),
     };
-    launch(
-        expert_sums_kernel,
-        {.blocks = experts, .threads = kThreads, .shared_bytes = kWarps * sizeof(double)}, stream,
-        sums
-    );
+    add_expert_sums(sums, experts, stream);
 }
 
 }  // namespace tenp::cuda

@@ -5,6 +5,7 @@
 #include "core/dispatch.h"
 #include "cuda/device/reduce.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/row_sums.h"
 #include "cuda/workspace.h"
 
 namespace tenp::cuda {
@@ -71,31 +72,45 @@ __global__ void __launch_bounds__(kThreads) row_changes_kernel(Rows<T> args) {
     }
 }
 
-/// direction_change[e] += sum of changes over the rows of expert e.
+/// totals[e] += sum of `values` over the rows of expert e.
 /// Grid: one block an expert.
 /// A thread sums every 256th row; the threads' sums are added in a fixed tree.
 /// Shared memory: one double per warp.
-/// Holds: changes come from row_changes_kernel.
-__global__ void __launch_bounds__(kThreads) expert_changes_kernel(
+/// Holds: nothing.
+__global__ void __launch_bounds__(kThreads) expert_totals_kernel(
     const std::int32_t* offsets,  // [E+1]
-    const double* changes,        // [S]
-    double* direction_change      // [E]
+    const double* values,         // [S]
+    double* totals                // [E]
 ) {
     const int last = offsets[blockIdx.x + 1];
     double sum = 0;
     for (int row = offsets[blockIdx.x] + static_cast<int>(threadIdx.x); row < last;
          row += kThreads) {
-        sum += changes[row];
+        sum += values[row];
     }
     sum = block_sum(sum, shared_memory<double>());
     if (threadIdx.x == 0) {
-        direction_change[blockIdx.x] += sum;
+        totals[blockIdx.x] += sum;
     }
 }
 
 }  // namespace
 
 // ---- launchers ----------------------------------------------------------------------------------
+
+void add_rows(
+    const std::int32_t* offsets,
+    std::int64_t experts,
+    const double* values,
+    double* totals,
+    Stream stream
+) {
+    launch(
+        expert_totals_kernel,
+        {.blocks = experts, .threads = kThreads, .shared_bytes = kWarps * sizeof(double)}, stream,
+        offsets, values, totals
+    );
+}
 
 std::size_t direction_change_workspace_bytes(std::int64_t rows, std::int64_t) {
     Workspace workspace;
@@ -135,11 +150,7 @@ void accumulate_direction_change(const DirectionChangeArgs& args, Stream stream)
             row_args
         );
     });
-    launch(
-        expert_changes_kernel,
-        {.blocks = experts, .threads = kThreads, .shared_bytes = kWarps * sizeof(double)}, stream,
-        offsets, changes, data<double>(args.direction_change)
-    );
+    add_rows(offsets, experts, changes, data<double>(args.direction_change), stream);
 }
 
 }  // namespace tenp::cuda

@@ -6,16 +6,13 @@
 #include "cuda/device/block_product.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/routing.cuh"
+#include "cuda/device/row_chunks.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/neuron_contribution.h"
 #include "cuda/row_sums.h"
-#include "cuda/workspace.h"
 
 namespace tenp::cuda {
 namespace {
-
-/// Rows whose sums are added up by one block. The cut depends on the expert's rows alone, so the
-/// sums do not depend on the grid; 1024 makes 16 tiles, enough to hide the start of each.
-constexpr int kChunkRows = 1024;
 
 /// projection, magnitude, energy, peak
 constexpr int kSumKinds = 4;
@@ -40,10 +37,6 @@ struct Contribution {
     bool is_aligned;
 };
 
-/// The math of an element type: the matrix instruction, or exact float32.
-template <class T>
-using MathOf = std::conditional_t<std::is_same_v<T, float>, Exact, T>;
-
 // ---- kernels ------------------------------------------------------------------------------------
 
 /// first_chunks[e] = chunks of the experts before e; first_chunks[E] = all chunks.
@@ -62,19 +55,6 @@ __global__ void __launch_bounds__(256) chunks_kernel(
     if (threadIdx.x < 32) {
         scan_by_one_warp(first_chunks, experts);
     }
-}
-
-/// The expert e with first_chunks[e] <= chunk < first_chunks[e + 1].
-__device__ __forceinline__ int expert_of_chunk(
-    const std::int32_t* first_chunks, int experts, int chunk
-) {
-    int low = 0;
-    int high = experts;
-    while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        (first_chunks[middle] <= chunk ? low : high) = middle;
-    }
-    return low;
 }
 
 /// partials[chunk] = over the chunk's rows t, for neurons k: sum of m_tk <w_k, y_t> / |y_t|, sum of
@@ -99,10 +79,8 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) contribution_k
     for (std::int64_t item = blockIdx.x; item < items; item += gridDim.x) {
         const int chunk = static_cast<int>(item / blocks);
         const int first_neuron = static_cast<int>(item % blocks) * kGroupNeurons;
-        const int expert = expert_of_chunk(args.first_chunks, args.experts, chunk);
-        const int first_row =
-            args.offsets[expert] + (chunk - args.first_chunks[expert]) * kChunkRows;
-        const int last_row = min(first_row + kChunkRows, args.offsets[expert + 1]);
+        const auto [expert, first_row, last_row] =
+            Chunk(args.first_chunks, args.offsets, args.experts, chunk);
         const T* down = args.down + expert * args.down_expert_stride +
                         first_neuron * (kNeuronsContiguous ? 1 : args.down_stride);
 
@@ -203,21 +181,6 @@ __global__ void __launch_bounds__(256) totals_kernel(Totals args) {
 
 // ---- launchers ----------------------------------------------------------------------------------
 
-struct Buffers {
-    double* norms;
-    std::int32_t* first_chunks;
-    double* partials;
-    std::int64_t chunks;
-
-    Buffers(Workspace& workspace, std::int64_t rows, std::int64_t experts, std::int64_t neurons)
-        : norms(workspace.take<double>(rows)),
-          first_chunks(workspace.take<std::int32_t>(experts + 1)),
-          // Every expert may end in one partial chunk.
-          chunks(std::min(experts, rows) + rows / kChunkRows) {
-        partials = workspace.take<double>(chunks * kSumKinds * neurons);
-    }
-};
-
 template <class T, bool kNeuronsContiguous>
 void launch_contribution(const Contribution<T>& args, std::int64_t chunks, Stream stream) {
     using Product = BlockProduct<T, MathOf<T>, 1, kNeuronsContiguous>;
@@ -232,31 +195,31 @@ void launch_contribution(const Contribution<T>& args, std::int64_t chunks, Strea
 
 }  // namespace
 
-std::size_t neuron_contribution_workspace_bytes(
-    std::int64_t rows, std::int64_t experts, std::int64_t neurons
-) {
-    Workspace workspace;
-    const Buffers buffers(workspace, rows, experts, neurons);
-    return workspace.bytes();
+RowChunks::RowChunks(Workspace& workspace, std::int64_t rows, std::int64_t experts)
+    : first(workspace.take<std::int32_t>(experts + 1)),
+      // Every expert may end in one partial chunk.
+      capacity(std::min(experts, rows) + rows / kChunkRows) {}
+
+void RowChunks::fill(const std::int32_t* offsets, std::int64_t experts, Stream stream) const {
+    launch(chunks_kernel, {.blocks = 1}, stream, offsets, static_cast<int>(experts), first);
 }
 
-void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream stream) {
-    const std::int64_t rows = args.activations.shape[0];
+double* take_contribution_partials(
+    Workspace& workspace, const RowChunks& chunks, std::int64_t neurons
+) {
+    return workspace.take<double>(chunks.capacity * kSumKinds * neurons);
+}
+
+void add_contribution(
+    const NeuronContributionArgs& args,
+    const double* norms,
+    const RowChunks& chunks,
+    double* partials,
+    Stream stream
+) {
     const std::int64_t experts = args.down.shape[0];
     const std::int64_t neurons = args.down.shape[2];
-    if (experts == 0 || neurons == 0) {
-        return;
-    }
-    Workspace workspace(args.workspace.data);
-    const Buffers buffers(workspace, rows, experts, neurons);
-    const auto* offsets = data<const std::int32_t>(args.offsets);
     const bool neurons_are_contiguous = args.down.stride[2] == 1 || neurons == 1;
-
-    row_norms(args.outputs, offsets, experts, buffers.norms, stream);
-    launch(
-        chunks_kernel, {.blocks = 1}, stream, offsets, static_cast<int>(experts),
-        buffers.first_chunks
-    );
     dispatch(args.activations.dtype, Floats{}, [&]<class T>() {
         const std::int64_t down_stride = args.down.stride[neurons_are_contiguous ? 1 : 2];
         const auto* down = data<const T>(args.down);
@@ -270,10 +233,10 @@ void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream s
             .down_expert_stride = args.down.stride[0],
             .down_stride = down_stride,
             .gates = data<const float>(args.gates),
-            .offsets = offsets,
-            .norms = buffers.norms,
-            .first_chunks = buffers.first_chunks,
-            .partials = buffers.partials,
+            .offsets = data<const std::int32_t>(args.offsets),
+            .norms = norms,
+            .first_chunks = chunks.first,
+            .partials = partials,
             .experts = static_cast<int>(experts),
             .hidden_size = static_cast<int>(args.down.shape[1]),
             .neurons = static_cast<int>(neurons),
@@ -282,16 +245,16 @@ void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream s
                           rows_are_aligned(outputs, args.outputs.stride[0]),
         };
         if (neurons_are_contiguous) {
-            launch_contribution<T, true>(contribution, buffers.chunks, stream);
+            launch_contribution<T, true>(contribution, chunks.capacity, stream);
         } else {
-            launch_contribution<T, false>(contribution, buffers.chunks, stream);
+            launch_contribution<T, false>(contribution, chunks.capacity, stream);
         }
     });
     launch(
         totals_kernel, {.blocks = experts * ((neurons + 255) / 256)}, stream,
         Totals{
-            .first_chunks = buffers.first_chunks,
-            .partials = buffers.partials,
+            .first_chunks = chunks.first,
+            .partials = partials,
             .neurons = static_cast<int>(neurons),
             .sums = {
                 data<double>(args.projection),
@@ -301,6 +264,33 @@ void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream s
             },
         }
     );
+}
+
+std::size_t neuron_contribution_workspace_bytes(
+    std::int64_t rows, std::int64_t experts, std::int64_t neurons
+) {
+    Workspace workspace;
+    workspace.take<double>(rows);
+    const RowChunks chunks(workspace, rows, experts);
+    take_contribution_partials(workspace, chunks, neurons);
+    return workspace.bytes();
+}
+
+void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream stream) {
+    const std::int64_t rows = args.activations.shape[0];
+    const std::int64_t experts = args.down.shape[0];
+    const std::int64_t neurons = args.down.shape[2];
+    if (experts == 0 || neurons == 0) {
+        return;
+    }
+    Workspace workspace(args.workspace.data);
+    auto* norms = workspace.take<double>(rows);
+    const RowChunks chunks(workspace, rows, experts);
+    auto* partials = take_contribution_partials(workspace, chunks, neurons);
+    const auto* offsets = data<const std::int32_t>(args.offsets);
+    row_norms(args.outputs, offsets, experts, norms, stream);
+    chunks.fill(offsets, experts, stream);
+    add_contribution(args, norms, chunks, partials, stream);
 }
 
 }  // namespace tenp::cuda

@@ -44,6 +44,18 @@ void accumulate_neuron_contribution(const NeuronContributionArgs&, Stream) {
     refuse("accumulate_neuron_contribution");
 }
 
+void accumulate_second_moment(const SecondMomentArgs&, Stream) {
+    refuse("accumulate_second_moment");
+}
+
+void expert_activations(const ExpertActivationsArgs&, Stream) {
+    refuse("expert_activations");
+}
+
+void expert_statistics(const ExpertStatisticsArgs&, Stream) {
+    refuse("expert_statistics");
+}
+
 void expert_gemm(const ExpertGemmArgs&, Stream) {
     refuse("expert_gemm");
 }
@@ -61,6 +73,16 @@ std::size_t direction_change_workspace_bytes(std::int64_t, std::int64_t) {
 }
 
 std::size_t neuron_contribution_workspace_bytes(std::int64_t, std::int64_t, std::int64_t) {
+    return 0;
+}
+
+std::size_t expert_activations_workspace_bytes(std::int64_t, std::int64_t, std::int64_t) {
+    return 0;
+}
+
+std::size_t expert_statistics_workspace_bytes(
+    std::int64_t, std::int64_t, std::int64_t, std::int64_t, DType
+) {
     return 0;
 }
 

@@ -166,11 +166,12 @@ __global__ void __launch_bounds__(kTableThreads) tile_table_kernel(TileTable tab
     const int thread = static_cast<int>(threadIdx.x);
     const int expert = static_cast<int>(blockIdx.x);
     const bool is_last = expert == table.experts;
-    const int width = is_last ? -1 : table.widths[expert];
+    const auto width_of = [&](int e) { return table.widths == nullptr ? 0 : table.widths[e]; };
+    const int width = is_last ? -1 : width_of(expert);
 
     long long before = 0;
     for (int other = thread; other < table.experts; other += kTableThreads) {
-        const int other_width = table.widths[other];
+        const int other_width = width_of(other);
         if (other_width > width || (other_width == width && other < expert)) {
             before += Extent(table, other).tiles();
         }

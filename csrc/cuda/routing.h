@@ -25,7 +25,7 @@ void route(const Routing& routing, Stream stream);
 
 struct TileTable {
     const std::int32_t* offsets;  // [E+1]
-    const std::int32_t* widths;   // [E]
+    const std::int32_t* widths;   // [E]; nullptr when `columns` is given: all the same
     std::int32_t experts;
     std::int32_t tile_rows;
     std::int32_t tile_neurons;

@@ -8,10 +8,13 @@ op as its equation.
 
 from tenp.ops.activation_stats import accumulate_activation_stats
 from tenp.ops.direction_change import accumulate_direction_change
+from tenp.ops.expert_activations import expert_activations
 from tenp.ops.expert_gemm import expert_gemm
 from tenp.ops.expert_layout import neuron_offsets, pack, unpack
+from tenp.ops.expert_statistics import expert_statistics
 from tenp.ops.neuron_contribution import accumulate_neuron_contribution
 from tenp.ops.routing import Routing, route, tile_table
+from tenp.ops.second_moment import accumulate_second_moment
 from tenp.ops.threads import num_threads, set_num_threads
 
 __all__ = [
@@ -19,7 +22,10 @@ __all__ = [
     "accumulate_activation_stats",
     "accumulate_direction_change",
     "accumulate_neuron_contribution",
+    "accumulate_second_moment",
+    "expert_activations",
     "expert_gemm",
+    "expert_statistics",
     "neuron_offsets",
     "num_threads",
     "pack",

@@ -29,6 +29,7 @@ def expert_gemm(
     limit: float = 0.0,
     alpha: float = 0.0,
     max_width: int | None = None,
+    allow_tf32: bool = False,
 ) -> Tensor:
     """Apply the routed experts of one layer, each with its own width.
 
@@ -58,6 +59,8 @@ def expert_gemm(
         alpha: Of "swiglu_oai".
         max_width: The largest of `widths`, for the size of the workspace. None reads it, which
             synchronises on CUDA.
+        allow_tf32: Whether products of float32 on CUDA may round their factors to 11 significant
+            bits, for the speed of the matrix instruction.
 
     Returns:
         `[T, H]`, dtype and device of `hidden`, new and contiguous. 0 where a token has no expert.
@@ -112,6 +115,7 @@ def expert_gemm(
         limit,
         alpha,
         max_width,
+        allow_tf32,
     )
     out: Tensor
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -162,6 +166,7 @@ def _expert_gemm(
     limit: float,
     alpha: float,
     max_width: int | None,
+    allow_tf32: bool,
 ) -> Tensor:
     num_experts = widths.shape[0]
     if max_width is None:
@@ -178,7 +183,9 @@ def _expert_gemm(
         workspace = _cpu_workspaces.of_at_least(num_bytes)
     else:
         workspace = hidden.new_empty((num_bytes,), dtype=torch.uint8)
-    on_cuda = {} if hidden.device.type == "cpu" else {"max_width": max_width}
+    on_cuda = (
+        {} if hidden.device.type == "cpu" else {"max_width": max_width, "allow_tf32": allow_tf32}
+    )
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     call(
         _C.expert_gemm,
@@ -212,7 +219,8 @@ def _fake_expert_gemm(hidden: Tensor, *arguments: object) -> Tensor:
 _EXPERT_GEMM = register(
     "expert_gemm(Tensor hidden, Tensor expert_ids, Tensor gates, Tensor gate_up, Tensor down, "
     "Tensor widths, Tensor neuron_offsets, Tensor? gate_up_bias, Tensor? down_bias, "
-    "Tensor? gate_up_scale, Tensor? down_scale, str activation, bool gated, float limit, float alpha, SymInt? max_width) -> Tensor",
+    "Tensor? gate_up_scale, Tensor? down_scale, str activation, bool gated, float limit, "
+    "float alpha, SymInt? max_width, bool allow_tf32) -> Tensor",
     _expert_gemm,
     _fake_expert_gemm,
 )

@@ -169,7 +169,7 @@ _DIFFERENTIABLE = (0, 2, 3, 4, 7, 8)
 
 def keep_arguments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """Remember what the gradient needs: the arguments, in the order of the schema."""
-    *tensors, _, ctx.scale, ctx.activation, ctx.gated, ctx.limit, ctx.alpha, _ = inputs
+    *tensors, _, ctx.scale, ctx.activation, ctx.gated, ctx.limit, ctx.alpha, _, _ = inputs
     ctx.save_for_backward(*tensors)
 
 

@@ -123,6 +123,102 @@ def accumulate_neuron_contribution(
         peak[expert] = torch.cat([(g * m).abs(), peak[expert, None]]).amax(dim=0)
 
 
+def accumulate_second_moment(
+    activations: Tensor,
+    gates: Tensor,
+    offsets: Tensor,
+    *,
+    second_moment: Tensor,
+    has_bias: bool = False,
+) -> None:
+    """C = sum_t g_t^2 m_t m_t^T, its upper triangle row by row; with a bias, m ends with a 1."""
+    for expert, rows in _rows_of_experts(offsets):
+        g = gates[rows].double()[:, None]  # [M, 1]
+        m = activations[rows].double()  # [M, I]
+        if has_bias:
+            m = torch.cat([m, torch.ones_like(g)], dim=1)
+        c = (g * m).T @ (g * m)
+        row, column = torch.triu_indices(*c.shape)
+        second_moment[expert] += c[row, column]
+
+
+def expert_activations(
+    hidden: Tensor,
+    offsets: Tensor,
+    slots: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    experts_per_token: int,
+    *,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    activation: str = "silu",
+    limit: float = 0.0,
+    alpha: float = 0.0,
+) -> Tensor:
+    """Of every row m = act(W_g x + b_g) * (W_u x + b_u) or act(W_u x + b_u), in float64."""
+    m = torch.full((len(slots), up.shape[1]), torch.nan, dtype=torch.float64)
+    for expert, rows in _rows_of_experts(offsets):
+        x = hidden[slots[rows].long() // experts_per_token].double()  # [M, H]
+
+        def project(weight: Tensor, bias: Tensor | None) -> Tensor:
+            projected = x @ weight[expert].double().T  # noqa: B023
+            return projected if bias is None else projected + bias[expert].double()  # noqa: B023
+
+        projected_gate = None if gate is None else project(gate, gate_bias)
+        m[rows] = activate(projected_gate, project(up, up_bias), activation, limit, alpha)
+    return m
+
+
+def expert_statistics(
+    hidden: Tensor,
+    activations: Tensor,
+    down: Tensor,
+    offsets: Tensor,
+    slots: Tensor,
+    rows: Tensor,
+    gates: Tensor,
+    *,
+    down_bias: Tensor | None = None,
+    out: Tensor,
+    normalized_gate_sum: Tensor,
+    input_energy: Tensor,
+    **sums: Tensor,
+) -> None:
+    """out_t = sum_j g_tj (y + b_d) for y = W_d m, and all sums over the rows of an expert."""
+    experts_per_token = rows.shape[1]
+    tokens = slots // experts_per_token
+    g = gates.flatten()[slots.long()]
+    y = torch.full((len(slots), hidden.shape[1]), torch.nan, dtype=hidden.dtype)
+    for expert, mine in _rows_of_experts(offsets):
+        # Rounded, as the op promises to do: the statistics are those of what the model goes on with.
+        y[mine] = (activations[mine].double() @ down[expert].double().T).to(hidden.dtype)
+        with_bias = y[mine].double()
+        if down_bias is not None:
+            with_bias = with_bias + down_bias[expert].double()
+        token = tokens[mine].long()
+        out.index_add_(0, token, (g[mine, None].double() * with_bias).to(out.dtype))
+        totals = gates.double().sum(dim=1)[token]
+        normalized_gate_sum[expert] += (g[mine] / torch.where(totals > 0, totals, 1)).sum()
+        input_energy[expert] += (g[mine, None].double() * hidden[token].double()).square().sum(0)
+
+    def of(*names: str) -> dict[str, Tensor]:
+        return {name: sums[name] for name in names}
+
+    accumulate_activation_stats(
+        y, g, offsets, **of("counts", "gate_sum", "norm_sum", "gated_norm_sum", "norm_max")
+    )
+    accumulate_direction_change(hidden, y, tokens, g, offsets, **of("direction_change"))
+    accumulate_neuron_contribution(
+        activations,
+        y,
+        down,
+        g,
+        offsets,
+        **of("projection", "magnitude", "energy", "peak"),
+    )
+
+
 def expert_gemm(
     hidden: Tensor,
     expert_ids: Tensor,
@@ -141,6 +237,7 @@ def expert_gemm(
     limit: float = 0.0,
     alpha: float = 0.0,
     max_width: int | None = None,
+    allow_tf32: bool = False,
 ) -> Tensor:
     """out_t = sum_j g_tj (W_d m + b_d), m = act(W_g x + b_g) * (W_u x + b_u) or act(W_u x + b_u).
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +67,7 @@ class TenpExperts(nn.Module):
             empty(self.num_experts, family.down.shape[1]) if family.has_bias else None
         )
         self._family = _without_weights(family)
-        self._kernel = _kernel_activation(self._family)
+        self._kernel = self._family.kernel_activation
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -178,37 +178,3 @@ def _without_weights(family: Experts) -> Experts:
     shell = copy.copy(family.module)
     shell._parameters = {}
     return Experts(family.layer, family.name, shell)
-
-
-_PLAIN: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
-
-
-def _kernel_activation(family: Experts) -> tuple[str, float, float] | None:
-    """Return (activation, limit, alpha) of the kernel that computes this family's gate, if any does.
-
-    Families differ by overridden methods, not by names one could trust, so the gate is asked: it
-    is evaluated on a grid and compared with every activation that the kernels know.
-    """
-    grid = torch.linspace(-12.0, 12.0, 49, device="cpu")
-    gate, up = (axis.flatten() for axis in torch.meshgrid(grid, grid, indexing="ij"))
-    with torch.no_grad():
-        asked = family.apply_gate(gate if family.has_gate else None, up)
-    for name, function in _PLAIN.items():
-        if torch.allclose(
-            asked, function(gate) * up if family.has_gate else function(up), atol=1e-5
-        ):
-            return name, 0.0, 0.0
-    limit, alpha = (getattr(family.module, field, None) for field in ("limit", "alpha"))
-    if family.has_gate and limit is not None and alpha is not None:
-        glu = gate.clamp(max=limit)
-        if torch.allclose(
-            asked, (up.clamp(-limit, limit) + 1) * glu * torch.sigmoid(alpha * glu), atol=1e-5
-        ):
-            return "swiglu_oai", float(limit), float(alpha)
-    return None

@@ -76,6 +76,37 @@ void accumulate_neuron_contribution(const NeuronContributionArgs& args) {
     cuda::accumulate_neuron_contribution(with_workspace, nullptr);
 }
 
+void accumulate_second_moment(const SecondMomentArgs& args) {
+    cuda::accumulate_second_moment(args, nullptr);
+}
+
+void expert_activations(const ExpertActivationsArgs& args) {
+    const PoisonedWorkspace workspace(
+        cuda::expert_activations_workspace_bytes(
+            args.activations.shape[0], args.up.shape[0], args.up.shape[1]
+        )
+    );
+    ExpertActivationsArgs with_workspace = args;
+    with_workspace.workspace = workspace.view();
+    cuda::expert_activations(with_workspace, nullptr);
+}
+
+void expert_statistics(const ExpertStatisticsArgs& args) {
+    const PoisonedWorkspace workspace(
+        cuda::expert_statistics_workspace_bytes(
+            args.activations.shape[0], args.down.shape[0], args.down.shape[1], args.down.shape[2],
+            args.hidden.dtype
+        )
+    );
+    ExpertStatisticsArgs with_workspace = args;
+    with_workspace.workspace = workspace.view();
+    cuda::expert_statistics(with_workspace, nullptr);
+}
+
+std::size_t expert_statistics_workspace_bytes(std::int64_t, std::int64_t, DType) {
+    return 0;
+}
+
 void expert_gemm(const ExpertGemmArgs& args) {
     ExpertGemmArgs with_width = args;
     const auto* widths = data<const std::int32_t>(args.widths);

@@ -234,5 +234,100 @@ TEST_CASE("statistics of several chunks do not depend on the grid") {
     });
 }
 
+TEST_CASE("a calibration pass does not depend on the grid") {
+    constexpr std::int64_t kTokens = 700, kPerToken = 3, kHidden = 300, kNeurons = 140;
+    constexpr int kExperts = 5;
+    constexpr std::int64_t kSlots = kTokens * kPerToken;
+    constexpr std::int64_t kPacked = kNeurons * (kNeurons + 1) / 2;
+    Numbers numbers;
+    auto hidden = numbers.bfloat16(kTokens * kHidden);
+    auto gate_up = numbers.bfloat16(kExperts * 2 * kNeurons * kHidden);
+    auto down = numbers.bfloat16(kExperts * kHidden * kNeurons);
+    auto ids = some_ids(kSlots, kExperts);
+    std::vector<std::int32_t> offsets(kExperts + 1), slots(kSlots), rows(kSlots);
+    route({
+        .expert_ids = contiguous_view(ids.data(), {kTokens, kPerToken}),
+        .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+        .slots = contiguous_view(slots.data(), {kSlots}),
+        .rows = contiguous_view(rows.data(), {kTokens, kPerToken}),
+    });
+    std::vector<float> gates(kSlots);
+    for (float& gate : gates) {
+        gate = numbers.next();
+    }
+    const auto halves = [&](std::int64_t first_row) {
+        TensorView half = view(gate_up, {kExperts, kNeurons, kHidden});
+        half.data = gate_up.data() + first_row * kHidden;
+        half.stride[0] = 2 * kNeurons * kHidden;
+        return half;
+    };
+    std::vector<BFloat16> activations(kSlots * kNeurons);
+    std::vector<float> out(kTokens * kHidden);
+    std::vector<std::int64_t> counts(kExperts);
+    std::vector<double> sums;
+    std::vector<unsigned char> workspace(
+        expert_statistics_workspace_bytes(kSlots, kExperts, kHidden, kNeurons, DType::kBFloat16)
+    );
+    check_every_grid([&] {
+        expert_activations({
+            .hidden = view(hidden, {kTokens, kHidden}),
+            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+            .slots = contiguous_view(slots.data(), {kSlots}),
+            .gate = halves(0),
+            .up = halves(kNeurons),
+            .per_token = kPerToken,
+            .activations = view(activations, {kSlots, kNeurons}),
+        });
+        out.assign(out.size(), 0);
+        sums.assign(kExperts * (6 + kHidden + 4 * kNeurons + kPacked), 0);
+        double* next = sums.data();
+        const auto take = [&](std::initializer_list<std::int64_t> shape) {
+            const TensorView taken = contiguous_view(next, shape);
+            next += taken.shape[0] * taken.stride[0];
+            return taken;
+        };
+        expert_statistics({
+            .hidden = view(hidden, {kTokens, kHidden}),
+            .activations = view(activations, {kSlots, kNeurons}),
+            .down = view(down, {kExperts, kHidden, kNeurons}),
+            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+            .slots = contiguous_view(slots.data(), {kSlots}),
+            .rows = contiguous_view(rows.data(), {kTokens, kPerToken}),
+            .gates = contiguous_view(gates.data(), {kTokens, kPerToken}),
+            .out = contiguous_view(out.data(), {kTokens, kHidden}),
+            .counts = contiguous_view(counts.data(), {kExperts}),
+            .gate_sum = take({kExperts}),
+            .normalized_gate_sum = take({kExperts}),
+            .norm_sum = take({kExperts}),
+            .gated_norm_sum = take({kExperts}),
+            .norm_max = take({kExperts}),
+            .direction_change = take({kExperts}),
+            .input_energy = take({kExperts, kHidden}),
+            .projection = take({kExperts, kNeurons}),
+            .magnitude = take({kExperts, kNeurons}),
+            .energy = take({kExperts, kNeurons}),
+            .peak = take({kExperts, kNeurons}),
+            .workspace = contiguous_view(workspace.data(), {std::ssize(workspace)}),
+        });
+        std::vector<float> row_gates(kSlots);
+        for (std::size_t row = 0; row < static_cast<std::size_t>(offsets[kExperts]); ++row) {
+            row_gates[row] = gates[static_cast<std::size_t>(slots[row])];
+        }
+        accumulate_second_moment({
+            .activations = view(activations, {kSlots, kNeurons}),
+            .gates = contiguous_view(row_gates.data(), {kSlots}),
+            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+            .second_moment = take({kExperts, kPacked}),
+        });
+        auto bytes = bytes_of(sums);
+        const auto more = bytes_of(out);
+        bytes.insert(bytes.end(), more.begin(), more.end());
+        return bytes;
+    });
+    for (const double sum : sums) {
+        REQUIRE(std::isfinite(sum));
+    }
+}
+
 }  // namespace
 }  // namespace tenp

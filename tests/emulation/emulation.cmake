@@ -5,7 +5,7 @@
 get_target_property(_sources tenp SOURCES)
 list(
     FILTER _sources EXCLUDE
-    REGEX "csrc/cpu/(activation_stats|direction_change|expert_gemm|neuron_contribution|routing)[.]cpp"
+    REGEX "csrc/cpu/(activation_stats|direction_change|expert_[a-z]+|neuron_contribution|routing|second_moment)[.]cpp"
 )
 set_target_properties(tenp PROPERTIES SOURCES "${_sources}")
 target_sources(tenp PRIVATE ${TENP_CUDA_SOURCES} tests/emulation/backend.cpp tests/emulation/emulation.cpp)

@@ -11,6 +11,7 @@ from support.op_cases import (
     FLOAT_DTYPES,
     ExpertGemmCase,
     StatisticsCase,
+    make_batch,
     make_expert_gemm,
     make_statistics,
 )
@@ -38,10 +39,26 @@ def statistics_arguments(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
-@pytest.mark.parametrize("name", ["activation_stats", "direction_change", "neuron_contribution"])
+@pytest.mark.parametrize(
+    "name", ["activation_stats", "direction_change", "neuron_contribution", "second_moment"]
+)
 def test_opcheck_of_the_statistics(name: str, dtype: torch.dtype) -> None:
     op = getattr(OPS, f"accumulate_{name}").default
-    torch.library.opcheck(op, (), statistics_arguments(name, dtype))
+    arguments = statistics_arguments(name, dtype)
+    if name == "second_moment":
+        arguments["has_bias"] = False
+    torch.library.opcheck(op, (), arguments)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_opcheck_of_a_calibration_pass(bias: bool) -> None:
+    inputs = make_batch(StatisticsCase(), bias=bias)
+    first = {**inputs.activations_arguments(), "activation": "silu", "limit": 0.0, "alpha": 0.0}
+    # A row that is in use nowhere is not written, so two runs may differ there.
+    first["slots"] = inputs.slots[: inputs.offsets[-1]].contiguous()
+    torch.library.opcheck(OPS.expert_activations.default, (), first)
+    second = {**inputs.statistics_arguments(), **inputs.zeros()}
+    torch.library.opcheck(OPS.expert_statistics.default, (), second)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)

@@ -192,6 +192,17 @@ class StatisticsInputs:
         names = ("projection", "magnitude", "energy", "peak")
         return {name: self._zeros(self.num_experts, self.down.shape[2]) for name in names}
 
+    def second_moment_arguments(self) -> dict[str, Tensor]:
+        return {
+            "activations": self.activations,
+            "gates": self.gates,
+            "offsets": self.offsets,
+        }
+
+    def zero_second_moment(self, has_bias: bool = False) -> dict[str, Tensor]:
+        size = self.down.shape[2] + has_bias
+        return {"second_moment": self._zeros(self.num_experts, size * (size + 1) // 2)}
+
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.hidden.device)
 
@@ -225,6 +236,107 @@ def make_statistics(case: StatisticsCase) -> StatisticsInputs:
     hidden[:1] = 0
     tokens = torch.where(slots >= 0, slots // case.experts_per_token, -1).to(torch.int32)
     return StatisticsInputs(hidden, activations, outputs, down, gates, tokens, offsets)
+
+
+@dataclass
+class BatchInputs:
+    """One layer of a calibration. Weights and m are small integers, so y = W_d m is exact."""
+
+    hidden: Tensor  # [T, H]
+    activations: Tensor  # [T*k, I], NaN from row S on
+    gate: Tensor | None  # [E, I, H]
+    up: Tensor  # [E, I, H]
+    gate_bias: Tensor | None  # [E, I]
+    up_bias: Tensor | None  # [E, I]
+    down: Tensor  # [E, H, I]
+    down_bias: Tensor | None  # [E, H]
+    offsets: Tensor  # [E+1], int32
+    slots: Tensor  # [T*k], int32
+    rows: Tensor  # [T, k], int32
+    gates: Tensor  # [T, k], 0 where a slot names no expert
+
+    def to(self, device: torch.device) -> "BatchInputs":
+        moved = {n: v.to(device) if v is not None else v for n, v in vars(self).items()}
+        return BatchInputs(**moved)
+
+    def embedded(self, device: torch.device) -> "BatchInputs":
+        return BatchInputs(**_all_embedded(vars(self), device))
+
+    def activations_arguments(self) -> dict[str, Any]:
+        names = ("hidden", "offsets", "slots", "gate", "up", "gate_bias", "up_bias")
+        own = {name: getattr(self, name) for name in names}
+        return {**own, "experts_per_token": self.rows.shape[1]}
+
+    def statistics_arguments(self) -> dict[str, Any]:
+        names = ("hidden", "activations", "down", "down_bias", "offsets", "slots", "rows", "gates")
+        return {name: getattr(self, name) for name in names}
+
+    def statistics(self) -> StatisticsInputs:
+        """What the ops of single statistics would be given."""
+        outputs = torch.full((len(self.slots), self.hidden.shape[1]), POISON)
+        for expert, (begin, end) in enumerate(itertools.pairwise(self.offsets.tolist())):
+            outputs[begin:end] = self.activations[begin:end].float() @ self.down[expert].float().T
+        used = self.slots >= 0
+        gates = torch.where(used, self.gates.flatten()[self.slots.long().clamp(min=0)], POISON)
+        tokens = torch.where(used, self.slots // self.rows.shape[1], -1).to(torch.int32)
+        rounded = outputs.to(self.hidden.dtype)
+        assert torch.equal(rounded[used].float(), outputs[used]), "y must be exact"
+        return StatisticsInputs(
+            self.hidden, self.activations, rounded, self.down, gates, tokens, self.offsets
+        )
+
+    def zeros(self) -> dict[str, Tensor]:
+        """What expert_statistics writes to."""
+        num_experts, hidden_size, width = self.down.shape
+
+        def of(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self.hidden.device)
+
+        per_expert = ("gate_sum", "normalized_gate_sum", "norm_sum", "gated_norm_sum", "norm_max")
+        per_neuron = ("projection", "magnitude", "energy", "peak")
+        return {
+            "out": of(len(self.hidden), hidden_size, dtype=torch.float32),
+            "counts": of(num_experts, dtype=torch.int64),
+            **{name: of(num_experts) for name in (*per_expert, "direction_change")},
+            "input_energy": of(num_experts, hidden_size),
+            **{name: of(num_experts, width) for name in per_neuron},
+        }
+
+
+def make_batch(case: StatisticsCase, gated: bool = True, bias: bool = True) -> BatchInputs:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def integers(bound: int, *shape: int) -> Tensor:
+        draws = torch.randint(-bound, bound + 1, shape, generator=generator)
+        return draws.to(case.dtype)
+
+    expert_ids = make_expert_ids(
+        case.pattern, case.tokens, case.experts_per_token, case.num_experts, case.seed
+    )
+    offsets, slots, rows = reference.route(expert_ids, case.num_experts)
+    num_rows = int(offsets[-1])
+    activations = torch.full((len(slots), case.width), POISON, dtype=case.dtype)
+    activations[:num_rows] = integers(2, num_rows, case.width)
+    if num_rows > 1:
+        activations[1] = 0  # a row without output
+    into = (case.num_experts, case.width, case.hidden_size)
+    hidden = torch.randn(case.tokens, case.hidden_size, generator=generator).to(case.dtype)
+    hidden[:1] = 0
+    gates = torch.rand(case.tokens, case.experts_per_token, generator=generator)
+    return BatchInputs(
+        hidden=hidden,
+        activations=activations,
+        gate=integers(2, *into) / 8 if gated else None,
+        up=integers(2, *into) / 8,
+        gate_bias=integers(2, *into[:2]) if gated and bias else None,
+        up_bias=integers(2, *into[:2]) if bias else None,
+        down=integers(1, case.num_experts, case.hidden_size, case.width),
+        down_bias=integers(2, case.num_experts, case.hidden_size) if bias else None,
+        offsets=offsets,
+        slots=slots,
+        rows=rows,
+        gates=torch.where(rows >= 0, gates, 0.0),
+    )
 
 
 def _varied(base: Any, **axes: tuple[Any, ...]) -> list[Any]:

@@ -19,13 +19,14 @@ Every bound is elementwise and uses the sum of the absolute values of the elemen
 wrong element cannot hide behind large ones.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from support.op_cases import ExpertGemmCase, ExpertGemmInputs, StatisticsInputs
+from support.op_cases import BatchInputs, ExpertGemmCase, ExpertGemmInputs, StatisticsInputs
 from tenp.ops import reference
 
 SUM_FACTOR = 2.0
@@ -201,7 +202,6 @@ def expert_gemm_errors(case: ExpertGemmCase, inputs: ExpertGemmInputs) -> Expert
     # A scale is one more factor of every product.
     scaled = 1 if inputs.down_scale is not None else 0
     inputs = inputs.dequantized()
-    u = unit_roundoff(torch.float32)
     num_rows = inputs.down.shape[0]
     of_float32 = torch.zeros(inputs.hidden.shape, dtype=torch.float64)
     of_one_step_of_m = torch.zeros(inputs.hidden.shape, dtype=torch.float64)
@@ -226,21 +226,9 @@ def expert_gemm_errors(case: ExpertGemmCase, inputs: ExpertGemmInputs) -> Expert
         up_error = of_projection * project(x, first_up, width, absolute=True)
         gate_error = of_projection * project(x, first, width, absolute=True)
 
-        # 2. m: an error of a projection times the slope of the activation, at most 1.13 (gelu;
-        # silu and swiglu_oai 1.10, for any alpha) except relu2's 2 |x|. Evaluating exp, erf or
-        # tanh in float32: 8 u of the argument, which covers the cancellation in their tails
-        # (1 + erf -> 0) too. |act(x)| <= |x|, except relu2.
+        # 2. m, before it is rounded.
         m = reference.activate(gate, up, case.activation, case.limit, case.alpha)
-        inner = up if gate is None else gate
-        inner_error = up_error if gate is None else gate_error
-        squares = case.activation == "relu2"
-        slope = 2 * inner.abs() + inner_error if squares else 1.13
-        act_error = slope * inner_error + 8 * u * inner.abs()
-        act = inner.square() if squares else inner.abs()
-        m_error = act_error + 8 * u * m.abs()
-        if gate is not None:
-            factor = up.abs() + 1 if case.activation == "swiglu_oai" else up.abs()
-            m_error = factor * act_error + (act + act_error) * up_error + 8 * u * m.abs()
+        m_error = _activation_error(case.activation, m, gate, gate_error, up, up_error)
 
         # 3. Rounding m to the dtype. The oracle rounds too, but from a slightly different number:
         # where a boundary lies between the two, the results are one step apart. The probability
@@ -263,3 +251,103 @@ def expert_gemm_errors(case: ExpertGemmCase, inputs: ExpertGemmInputs) -> Expert
         slot_error = sum_tolerance(torch.float32, case.experts_per_token) * y
         of_float32.index_add_(0, token, g * (y_error + slot_error))
     return ExpertGemmErrors(of_float32, of_one_step_of_m)
+
+
+def _activation_error(
+    activation: str,
+    m: Tensor,
+    gate: Tensor | None,
+    gate_error: Tensor,
+    up: Tensor,
+    up_error: Tensor,
+) -> Tensor:
+    """An error of a projection times the slope of the activation, and evaluating it.
+
+    The slope is at most 1.13 (gelu; silu and swiglu_oai 1.10, for any alpha) except relu2's 2 |x|.
+    Evaluating exp, erf or tanh in float32: 8 u of the argument, which covers the cancellation in
+    their tails (1 + erf -> 0) too. |act(x)| <= |x|, except relu2.
+    """
+    u = unit_roundoff(torch.float32)
+    inner = up if gate is None else gate
+    inner_error = up_error if gate is None else gate_error
+    squares = activation == "relu2"
+    slope = 2 * inner.abs() + inner_error if squares else 1.13
+    act_error = slope * inner_error + 8 * u * inner.abs()
+    act = inner.square() if squares else inner.abs()
+    if gate is None:
+        return act_error + 8 * u * m.abs()
+    factor = up.abs() + 1 if activation == "swiglu_oai" else up.abs()
+    return factor * act_error + (act + act_error) * up_error + 8 * u * m.abs()
+
+
+def activations_tolerance(inputs: BatchInputs, activation: str, **limits: float) -> Tensor:
+    """Of m, `[S, I]`: the projections, float32 sums of H products and a bias; the activation; and
+    rounding once.
+    """
+    dtype, terms = inputs.hidden.dtype, inputs.hidden.shape[1] + 1
+    tolerance = torch.zeros(inputs.activations.shape, dtype=torch.float64)
+    for expert, (begin, end) in enumerate(itertools.pairwise(inputs.offsets.tolist())):
+        x = inputs.hidden[inputs.slots[begin:end].long() // inputs.rows.shape[1]].double()
+
+        def project(
+            weight: Tensor | None, bias: Tensor | None
+        ) -> tuple[Tensor | None, Tensor]:  # the projection and its error
+            if weight is None:
+                return None, torch.zeros(())
+            w = weight[expert].double()  # noqa: B023
+            b = torch.zeros(()) if bias is None else bias[expert].double()  # noqa: B023
+            size = x.abs() @ w.abs().T + b.abs()  # noqa: B023
+            return x @ w.T + b, sum_tolerance(torch.float32, terms) * size  # noqa: B023
+
+        gate, gate_error = project(inputs.gate, inputs.gate_bias)
+        up, up_error = project(inputs.up, inputs.up_bias)
+        assert up is not None
+        m = reference.activate(
+            gate, up, activation, limits.get("limit", 0.0), limits.get("alpha", 0.0)
+        )
+        error = _activation_error(activation, m, gate, gate_error, up, up_error)
+        tolerance[begin:end] = error + spacing(dtype, m.abs() + error) / 2
+    return tolerance
+
+
+def batch_tolerance(inputs: BatchInputs) -> dict[str, Tensor]:
+    """Of expert_statistics, where y is exact: the ops of single statistics, and three sums more.
+
+    out: a float32 sum of k terms g (y + b_d), three roundings a term. input_energy and
+    normalized_gate_sum: float64 sums of exact or nearly exact terms, which are not negative.
+    """
+    rows = inputs.statistics()
+    magnitudes = BatchInputs(
+        **{
+            name: value.abs() if name in ("activations", "down", "down_bias") and value is not None
+            else value
+            for name, value in vars(inputs).items()
+        }
+    )  # fmt: skip
+    sums = magnitudes.zeros()
+    sums["out"] = sums["out"].double()
+    reference.expert_statistics(**magnitudes.statistics_arguments(), **sums)
+    exact = 4 * sum_tolerance(torch.float64, rows.max_rows + inputs.rows.shape[1])
+    of_out = sum_tolerance(torch.float32, inputs.rows.shape[1]) + 3 * unit_roundoff(torch.float32)
+    return {
+        "out": of_out * sums["out"],
+        "normalized_gate_sum": exact * sums["normalized_gate_sum"],
+        "input_energy": exact * sums["input_energy"],
+        "direction_change": direction_change_tolerance(rows),
+        **activation_stats_tolerance(rows),
+        **neuron_contribution_tolerance(rows),
+    }
+
+
+def second_moment_tolerance(inputs: StatisticsInputs, has_bias: bool) -> Tensor:
+    """g m rounds once to float32, its square has twice that; up to 64 products in float32."""
+    sums = inputs.zero_second_moment(has_bias)
+    reference.accumulate_second_moment(
+        inputs.activations.abs(),
+        inputs.gates,
+        inputs.offsets,
+        **sums,
+        has_bias=has_bias,
+    )
+    relative = sum_tolerance(torch.float32, 64) + 2 * unit_roundoff(torch.float32)
+    return relative * sums["second_moment"]

@@ -112,8 +112,19 @@ struct TypedKernels {
     double (*dot)(const T* a, const T* b, std::int64_t count);  // products and sum in float64
 };
 
+/// sums[i][j] += sum over rows, in order, of a[row][i] b[row][j].
+struct OuterProducts {
+    static constexpr std::int64_t kTile = 64;
+
+    const double* a = nullptr;  // [rows, kTile]
+    const double* b = nullptr;  // [rows, kTile]
+    std::int64_t rows = 0;
+    double* sums = nullptr;  // [kTile, kTile]
+};
+
 struct Kernels {
     const char* name;
+    void (*add_outer_products)(const OuterProducts&);
     TypedKernels<float> float32;
     TypedKernels<BFloat16> bfloat16;
     TypedKernels<Float16> float16;

@@ -346,7 +346,7 @@ template <std::int64_t kPitch, bool kAhead, class T, class W, class Row>
         }
         float* c = g.c + row * g.c_stride + column;
         with_rows<kNtRows>(smaller(kNtRows, g.rows - row), [&]<std::int64_t kRows>() {
-            for (std::int64_t d = 0; d < depth; d += kNtDepth) {
+            for (std::int64_t d = 0; d == 0 || d < depth; d += kNtDepth) {
                 const decltype(b_row(column)) b_d[] = {b[0] + d, b[1] + d, b[2] + d, b[3] + d};
                 const decltype(b_row(column)) ahead_d[] = {
                     ahead[0] + d, ahead[1] + d, ahead[2] + d, ahead[3] + d
@@ -779,6 +779,38 @@ void contribute(const Contribute<T>& block) {
     }
 }
 
+void add_outer_products(const OuterProducts& tile) {
+    constexpr std::int64_t kTile = OuterProducts::kTile;
+    constexpr int kRows = 4;     // of sums, held in registers with two vectors of columns
+    constexpr int kVectors = 2;  // eight chains of additions hide their latency
+    for (std::int64_t i = 0; i < kTile; i += kRows) {
+        for (std::int64_t j = 0; j < kTile; j += std::int64_t{kVectors} * kHalf) {
+            double* corner = tile.sums + i * kTile + j;
+            Doubles sums[kRows][kVectors];
+            for (int row = 0; row < kRows; ++row) {
+                for (int v = 0; v < kVectors; ++v) {
+                    sums[row][v] = read<Doubles>(corner + row * kTile + v * kHalf);
+                }
+            }
+            for (std::int64_t r = 0; r < tile.rows; ++r) {
+                const double* a = tile.a + r * kTile + i;
+                const double* b = tile.b + r * kTile + j;
+                for (int v = 0; v < kVectors; ++v) {
+                    const auto columns = read<Doubles>(b + v * kHalf);
+                    for (int row = 0; row < kRows; ++row) {
+                        sums[row][v] += a[row] * columns;
+                    }
+                }
+            }
+            for (int row = 0; row < kRows; ++row) {
+                for (int v = 0; v < kVectors; ++v) {
+                    write(corner + row * kTile + v * kHalf, sums[row][v]);
+                }
+            }
+        }
+    }
+}
+
 template <class T>
 constexpr TypedKernels<T> typed_kernels() {
     return {
@@ -798,6 +830,7 @@ namespace tenp::cpu {
 
 const Kernels TENP_KERNELS = {
     TENP_NAME(TENP_ISA),
+    TENP_ISA::add_outer_products,
     TENP_ISA::typed_kernels<float>(),
     TENP_ISA::typed_kernels<BFloat16>(),
     TENP_ISA::typed_kernels<Float16>(),

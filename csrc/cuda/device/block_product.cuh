@@ -15,6 +15,10 @@ namespace tenp::cuda {
 /// Tag: float32 products by the general units, without the rounding of the matrix instruction.
 struct Exact {};
 
+/// The math of an element type that rounds no factor: the matrix instruction, or exact float32.
+template <class T>
+using MathOf = std::conditional_t<std::is_same_v<T, float>, Exact, T>;
+
 inline constexpr int kBlockThreads = 256;
 inline constexpr int kBlockWarps = kBlockThreads / 32;
 inline constexpr int kBlockRows = 64;      // of the right operand

@@ -14,8 +14,9 @@ __device__ __forceinline__ double larger_or_nan(double a, double b) {
     return b > a || b != b ? b : a;
 }
 
-/// Sum over the warp, in every lane.
-__device__ __forceinline__ double warp_sum(double value) {
+/// Sum over the warp, in every lane; float or double.
+template <class Number>
+__device__ __forceinline__ Number warp_sum(Number value) {
     for (int flip = 16; flip > 0; flip /= 2) {
         value += __shfl_xor_sync(~0u, value, flip);
     }

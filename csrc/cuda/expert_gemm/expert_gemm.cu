@@ -25,11 +25,19 @@ Layer<T> layer_of(const ExpertGemmArgs& args) {
     layer.hidden_stride = args.hidden.stride[0];
     layer.expert_ids = data<const std::int32_t>(args.expert_ids);
     layer.gates = data<const float>(args.gates);
-    layer.gate_up = data<const T>(args.gate_up);
+    // Rows of the gates come first; so do their biases.
+    const auto* gate_up = data<const T>(args.gate_up);
+    const std::int64_t packed_rows = args.down.shape[0];
+    layer.gate = args.gated ? gate_up : nullptr;
+    layer.up = gate_up + (args.gated ? packed_rows * hidden_size : 0);
+    layer.weight_stride = hidden_size;
     layer.down = data<const T>(args.down);
     layer.widths = data<const std::int32_t>(args.widths);
     layer.neuron_offsets = data<const std::int32_t>(args.neuron_offsets);
-    layer.gate_up_bias = data<const T>(args.gate_up_bias);
+    if (const auto* bias = data<const T>(args.gate_up_bias); bias != nullptr) {
+        layer.gate_bias = args.gated ? bias : nullptr;
+        layer.up_bias = bias + (args.gated ? packed_rows : 0);
+    }
     layer.down_bias = data<const T>(args.down_bias);
     layer.out = data<T>(args.out);
     layer.out_stride = args.out.stride[0];
@@ -38,7 +46,6 @@ Layer<T> layer_of(const ExpertGemmArgs& args) {
     layer.hidden_size = static_cast<int>(hidden_size);
     layer.experts = static_cast<int>(args.widths.shape[0]);
     layer.max_width = static_cast<int>(args.max_width);
-    layer.packed_rows = args.down.shape[0];
     layer.activation = args.activation;
     layer.limit = args.limit;
     layer.alpha = args.alpha;

@@ -7,6 +7,9 @@ namespace tenp::cuda {
 template std::size_t tiles_workspace_bytes(Layer<Float16>);
 template void run_by_tiles(Layer<Float16>, bool, bool, void*, Stream);
 
+template std::size_t activations_workspace_bytes(const Layer<Float16>&, std::int64_t);
+template void run_activations(const Layer<Float16>&, std::int64_t, bool, void*, Stream);
+
 template bool may_stream(const Layer<Float16>&);
 template std::size_t streaming_workspace_bytes(Layer<Float16>);
 template void run_by_streaming(Layer<Float16>, bool, void*, Stream);

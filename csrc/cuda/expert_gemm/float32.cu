@@ -6,4 +6,7 @@ namespace tenp::cuda {
 template std::size_t tiles_workspace_bytes(Layer<float>);
 template void run_by_tiles(Layer<float>, bool, bool, void*, Stream);
 
+template std::size_t activations_workspace_bytes(const Layer<float>&, std::int64_t);
+template void run_activations(const Layer<float>&, std::int64_t, bool, void*, Stream);
+
 }  // namespace tenp::cuda

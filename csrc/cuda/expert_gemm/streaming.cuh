@@ -93,7 +93,7 @@ constexpr int kUnitColumns = 64;
 /// A lane reads 16 bytes of rows g and g + 8 of W and of row g of x: depth 8 m to 8 m + 7 of 32.
 /// The order of the depth is free, so these bytes serve two products without an exchange.
 /// Shared memory: the warps' parts of the sums, added in their order; the sorted slots.
-/// Holds: rows of hidden and gate_up start at multiples of 16 bytes, H is a multiple of 8.
+/// Holds: rows of hidden, gate and up start at multiples of 16 bytes, H is a multiple of 8.
 template <class T, bool kGated>
 __global__ void __launch_bounds__(kThreads) stream_activations_kernel(
     Layer<T> layer, StreamBuffers buffers
@@ -137,16 +137,16 @@ __global__ void __launch_bounds__(kThreads) stream_activations_kernel(
         const int first_row = routing.offsets[expert] + pass;
         const int rows = min(kPassRows, expert_rows - pass);
         const int neurons = min(kUnitNeurons, layer.width(expert) - first_neuron);
-        const std::int64_t packed_row = std::int64_t{layer.neuron_offsets[expert]} + first_neuron;
         const T* weights[kMatrices][2];  // rows g and g + 8, or nullptr
 #pragma unroll
         for (int matrix = 0; matrix < kMatrices; ++matrix) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int neuron = g + 8 * half;
-                const std::int64_t row = packed_row + matrix * layer.packed_rows + neuron;
+                const T* first = kGated && matrix == 0 ? layer.gate : layer.up;
                 weights[matrix][half] =
-                    neuron < neurons ? layer.gate_up + row * layer.hidden_size : nullptr;
+                    neuron < neurons ? first + layer.weight_offset(expert, first_neuron + neuron)
+                                     : nullptr;
             }
         }
         const T* x[kPassTiles];
@@ -212,10 +212,10 @@ __global__ void __launch_bounds__(kThreads) stream_activations_kernel(
                     for (int w = 0; w < kWarps; ++w) {
                         total[matrix] += partials[w][matrix][row][neuron];
                     }
-                    if (layer.gate_up_bias != nullptr) {
-                        total[matrix] += widen(
-                            layer.gate_up_bias[packed_row + neuron + matrix * layer.packed_rows]
-                        );
+                    const T* bias = kGated && matrix == 0 ? layer.gate_bias : layer.up_bias;
+                    if (bias != nullptr) {
+                        const std::int64_t bias_row = layer.first_bias_row(expert) + first_neuron;
+                        total[matrix] += widen(bias[bias_row + neuron]);
                     }
                 }
                 float value;

@@ -5,11 +5,12 @@
 #include <type_traits>
 
 #include "cuda/device/block_product.cuh"
+#include "cuda/device/tiles.cuh"
 #include "cuda/expert_gemm/activation.cuh"
 #include "cuda/expert_gemm/layer.h"
 #include "cuda/launch.cuh"
 #include "cuda/routing.h"
-#include "tenp/routing.h"
+#include "cuda/tile_work.h"
 
 // expert_gemm for many tokens: two grouped products over tile tables, then the sum over slots.
 // Blocks stay and take tiles until none is left; which block computes a tile changes no result.
@@ -27,42 +28,11 @@ constexpr int kTileHidden = 2 * kGroupNeurons;
 
 // ---- kernels ------------------------------------------------------------------------------------
 
-/// The tiles of one block: its own number first, then whatever is next.
-class Tiles {
- public:
-    __device__ __forceinline__ Tiles(const Work& work, int* shared)
-        : work_(work),
-          shared_(shared),
-          tile_(static_cast<int>(blockIdx.x)) {}
-
-    __device__ __forceinline__ bool is_done() const { return tile_ >= *work_.count; }
-    __device__ __forceinline__ int expert() const { return work_.tiles[4 * tile_]; }
-    __device__ __forceinline__ int first_row() const { return work_.tiles[4 * tile_ + 1]; }
-    __device__ __forceinline__ int rows() const { return work_.tiles[4 * tile_ + 2]; }
-    __device__ __forceinline__ int first_column() const { return work_.tiles[4 * tile_ + 3]; }
-
-    /// All threads of the block call it.
-    __device__ __forceinline__ void advance() {
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            *shared_ = static_cast<int>(gridDim.x) + atomicAdd(work_.taken, 1);
-        }
-        __syncthreads();
-        tile_ = *shared_;
-    }
-
- private:
-    const Work& work_;
-    int* shared_;
-    int tile_;
-};
-
 /// m = act(W_g x + b_g) * (W_u x + b_u) for tiles of 64 rows and 128 neurons.
 /// Grid: any number of blocks, a block takes tiles; the product's loads gather the rows of x.
 /// A thread has gate and up of the same 2 neurons x 16 rows (see Sums): m is made in registers.
 /// Shared memory: the product's stages, reused for the tile of m on its way out; the next tile.
-/// Holds: offsets and slots come from route(). Columns of m from the width to the next multiple of
-/// 16 bytes are written with numbers that nobody reads.
+/// Holds: offsets and slots come from route().
 template <class T, class Math, bool kGated>
 __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) activations_kernel(
     Layer<T> layer, Work work
@@ -82,16 +52,16 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) activations_ke
         const int rows = tile.rows();
         const int first_neuron = tile.first_column();
         const int neurons = min(kGroupNeurons, layer.width(expert) - first_neuron);
-        const std::int64_t packed_row = std::int64_t{layer.neuron_offsets[expert]} + first_neuron;
+        const std::int64_t weights = layer.weight_offset(expert, first_neuron);
 
         typename Product::Left left;
 #pragma unroll
         for (int group = 0; group < kGroups; ++group) {
-            left.first[group] =
-                layer.gate_up + (packed_row + group * layer.packed_rows) * layer.hidden_size;
+            const T* first = kGated && group == 0 ? layer.gate : layer.up;
+            left.first[group] = first + weights;
             left.count[group] = neurons;
         }
-        left.stride = layer.hidden_size;
+        left.stride = layer.weight_stride;
         const T* x = nullptr;
         if (const int mine = Product::right_row_index(); mine < rows) {
             const int token = layer.slots[tile.first_row() + mine] / layer.per_token;
@@ -106,10 +76,14 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) activations_ke
             const int neuron = neuron_of(2 * half);
             float gate_bias = 0;
             float up_bias = 0;
-            if (layer.gate_up_bias != nullptr && neuron < neurons) {
-                const T* bias = layer.gate_up_bias + packed_row + neuron;
-                gate_bias = widen(bias[0]);
-                up_bias = kGated ? widen(bias[layer.packed_rows]) : gate_bias;
+            if (neuron < neurons) {
+                const std::int64_t bias_row = layer.first_bias_row(expert) + first_neuron + neuron;
+                if (kGated && layer.gate_bias != nullptr) {
+                    gate_bias = widen(layer.gate_bias[bias_row]);
+                }
+                if (layer.up_bias != nullptr) {
+                    up_bias = widen(layer.up_bias[bias_row]);
+                }
             }
 #pragma unroll
             for (int n = 0; n < kTileColumns; ++n) {
@@ -134,11 +108,15 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) activations_ke
         for (int i = thread; i < rows * kRowVectors; i += kBlockThreads) {
             const int row = i / kRowVectors;
             const int neuron = i % kRowVectors * kVector;
-            if (neuron < neurons) {
-                T* m = layer.activations + (tile.first_row() + row) * layer.activations_stride +
-                       first_neuron + neuron;
-                *reinterpret_cast<uint4*>(m) =
-                    *reinterpret_cast<const uint4*>(out + row * kOutStride + neuron);
+            const T* from = out + row * kOutStride + neuron;
+            T* m = layer.activations + (tile.first_row() + row) * layer.activations_stride +
+                   first_neuron + neuron;
+            if (layer.activations_are_aligned && neuron + kVector <= neurons) {
+                *reinterpret_cast<uint4*>(m) = *reinterpret_cast<const uint4*>(from);
+            } else {
+                for (int j = 0; j < min(kVector, neurons - neuron); ++j) {
+                    m[j] = from[j];
+                }
             }
         }
     }
@@ -255,24 +233,13 @@ __global__ void __launch_bounds__(kBlockThreads) combine_kernel(Layer<T> layer) 
 /// What this path needs beside the layer's own arrays.
 struct TileBuffers {
     std::int32_t* histogram;
-    std::int64_t activation_tiles;  // capacities
-    std::int64_t output_tiles;
-    Work activations;
-    Work outputs;
-    std::int32_t* counters;
+    TileWork activations;
+    TileWork outputs;
 
     TileBuffers(Workspace& workspace, std::int64_t rows, int experts, int max_width, int hidden)
         : histogram(take_histogram(workspace, rows, experts)),
-          activation_tiles(tile_capacity(rows, experts, max_width, kBlockRows, kGroupNeurons)),
-          output_tiles(tile_capacity(rows, experts, hidden, kBlockRows, kTileHidden)),
-          activations{workspace.take<std::int32_t>(4 * activation_tiles), nullptr, nullptr},
-          outputs{workspace.take<std::int32_t>(4 * output_tiles), nullptr, nullptr},
-          counters(workspace.take<std::int32_t>(4)) {
-        activations.count = counters;
-        activations.taken = counters + 1;
-        outputs.count = counters + 2;
-        outputs.taken = counters + 3;
-    }
+          activations(workspace, rows, experts, max_width, kBlockRows, kGroupNeurons),
+          outputs(workspace, rows, experts, hidden, kBlockRows, kTileHidden) {}
 };
 
 inline std::int64_t tokens_at_once(std::int64_t tokens, std::int64_t per_token) {
@@ -282,23 +249,35 @@ inline std::int64_t tokens_at_once(std::int64_t tokens, std::int64_t per_token) 
 }
 
 template <class T, class Math, bool kGated>
-void launch_products(const Layer<T>& layer, const TileBuffers& buffers, Stream stream) {
-    const auto shape = [](std::size_t product_bytes) {
-        return LaunchShape{.threads = kBlockThreads, .shared_bytes = product_bytes + sizeof(int)};
-    };
-    constexpr auto kActivationBytes = BlockProduct < T, Math, kGated ? 2 : 1,
-                   false > ::kSharedBytes;
-    constexpr auto kOutputBytes = BlockProduct<T, Math, 2, true>::kSharedBytes;
-    if (buffers.activation_tiles > 0) {
+void launch_activations(const Layer<T>& layer, const TileWork& work, Stream stream) {
+    constexpr int kGroups = kGated ? 2 : 1;
+    if (work.capacity > 0) {
         launch_persistent(
-            activations_kernel<T, Math, kGated>, buffers.activation_tiles, shape(kActivationBytes),
-            stream, layer, buffers.activations
+            activations_kernel<T, Math, kGated>, work.capacity,
+            {.threads = kBlockThreads,
+             .shared_bytes = BlockProduct<T, Math, kGroups, false>::kSharedBytes + sizeof(int)},
+            stream, layer, work.work
         );
     }
-    if (buffers.output_tiles > 0) {
+}
+
+template <class T, class Math>
+void launch_activations(const Layer<T>& layer, bool is_gated, const TileWork& work, Stream stream) {
+    if (is_gated) {
+        launch_activations<T, Math, true>(layer, work, stream);
+    } else {
+        launch_activations<T, Math, false>(layer, work, stream);
+    }
+}
+
+template <class T, class Math>
+void launch_outputs(const Layer<T>& layer, const TileWork& work, Stream stream) {
+    if (work.capacity > 0) {
         launch_persistent(
-            outputs_kernel<T, Math>, buffers.output_tiles, shape(kOutputBytes), stream, layer,
-            buffers.outputs
+            outputs_kernel<T, Math>, work.capacity,
+            {.threads = kBlockThreads,
+             .shared_bytes = BlockProduct<T, Math, 2, true>::kSharedBytes + sizeof(int)},
+            stream, layer, work.work
         );
     }
 }
@@ -307,11 +286,8 @@ template <class T, class Math>
 void launch_products(
     const Layer<T>& layer, bool is_gated, const TileBuffers& buffers, Stream stream
 ) {
-    if (is_gated) {
-        launch_products<T, Math, true>(layer, buffers, stream);
-    } else {
-        launch_products<T, Math, false>(layer, buffers, stream);
-    }
+    launch_activations<T, Math>(layer, is_gated, buffers.activations, stream);
+    launch_outputs<T, Math>(layer, buffers.outputs, stream);
 }
 
 template <class T>
@@ -363,25 +339,8 @@ void run_by_tiles(Layer<T> layer, bool is_gated, bool allow_tf32, void* memory, 
             },
             stream
         );
-        TileTable table{
-            .offsets = layer.offsets,
-            .widths = layer.widths,
-            .experts = layer.experts,
-            .tile_rows = kBlockRows,
-            .tile_neurons = kGroupNeurons,
-            .capacity = static_cast<std::int32_t>(buffers.activation_tiles),
-            .tiles = const_cast<std::int32_t*>(buffers.activations.tiles),
-            .count = const_cast<std::int32_t*>(buffers.activations.count),
-            .cleared = buffers.activations.taken,
-        };
-        tile_table(table, stream);
-        table.tile_neurons = kTileHidden;
-        table.columns = layer.hidden_size;
-        table.capacity = static_cast<std::int32_t>(buffers.output_tiles);
-        table.tiles = const_cast<std::int32_t*>(buffers.outputs.tiles);
-        table.count = const_cast<std::int32_t*>(buffers.outputs.count);
-        table.cleared = buffers.outputs.taken;
-        tile_table(table, stream);
+        buffers.activations.fill(layer.offsets, layer.widths, layer.experts, -1, stream);
+        buffers.outputs.fill(layer.offsets, layer.widths, layer.experts, layer.hidden_size, stream);
 
         if constexpr (std::is_same_v<T, float>) {
             if (allow_tf32) {
@@ -399,6 +358,23 @@ void run_by_tiles(Layer<T> layer, bool is_gated, bool allow_tf32, void* memory, 
         layer.hidden += layer.tokens * layer.hidden_stride;
         layer.out += layer.tokens * layer.out_stride;
     }
+}
+
+template <class T>
+std::size_t activations_workspace_bytes(const Layer<T>& layer, std::int64_t rows) {
+    Workspace workspace;
+    const TileWork work(workspace, rows, layer.experts, layer.max_width, kBlockRows, kGroupNeurons);
+    return workspace.bytes();
+}
+
+template <class T>
+void run_activations(
+    const Layer<T>& layer, std::int64_t rows, bool is_gated, void* memory, Stream stream
+) {
+    Workspace workspace(memory);
+    const TileWork work(workspace, rows, layer.experts, layer.max_width, kBlockRows, kGroupNeurons);
+    work.fill(layer.offsets, layer.widths, layer.experts, layer.max_width, stream);
+    launch_activations<T, MathOf<T>>(layer, is_gated, work, stream);
 }
 
 }  // namespace tenp::cuda
