@@ -29,6 +29,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_baselines
+
 _ROOT = Path(__file__).resolve().parents[1]
 _SANITIZER_TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 
@@ -337,7 +339,8 @@ def run_tiny(device: str) -> None:
         for count in counts:
             hidden, ids, gates = layer.tokens(count)
             layer.forward(hidden, ids, gates)
-    statistics_call(layer, 40)()
+    for call in calibration_calls(layer, 40).values():
+        call()
     ops.tile_table(
         ops.route(ids, TINY.num_experts).offsets, layer.width_tensor, 64, 128, rows=ids.numel()
     )
@@ -346,48 +349,51 @@ def run_tiny(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def statistics_call(layer: Layer, count: int) -> Callable[[], None]:
-    """The three statistics of TENP over `count` tokens of a layer of full width."""
+def calibration_calls(layer: Layer, count: int) -> dict[str, Callable[[], None]]:
+    """What calibration does with one batch: both halves of its pass, and the second moments."""
     import torch
 
     from tenp import ops
 
-    shape = layer.shape
+    shape, device = layer.shape, layer.device
     hidden, ids, gates = layer.tokens(count)
-    routing = ops.route(ids, shape.num_experts)
-    rows = ids.numel()
-    slots = routing.slots.long()
-    activations = layer.normal(rows, shape.width)
-    outputs = layer.normal(rows, shape.hidden_size)
-    down = layer.normal(shape.num_experts, shape.width, shape.hidden_size).transpose(1, 2)
-    row_gates = gates.float().flatten()[slots]
-    tokens = (slots // shape.experts_per_token).int()
+    experts, width, size = shape.num_experts, shape.width, shape.hidden_size
+    routing = ops.route(ids, experts)
+    gate, up = (layer.normal(experts, 2 * width, size) / 45).chunk(2, dim=1)
+    down = layer.normal(experts, size, width) / 28
+    row_gates = gates.float().flatten()[routing.slots.long()]
 
-    def zeros(*size: int) -> Any:
-        return torch.zeros(size, dtype=torch.float64, device=layer.device)
+    def zeros(*shape: int, dtype: Any = torch.float64) -> Any:
+        return torch.zeros(shape, dtype=dtype, device=device)
 
-    experts = shape.num_experts
-    by_expert = {
-        "counts": torch.zeros(experts, dtype=torch.int64, device=layer.device),
-        "gate_sum": zeros(experts),
-        "norm_sum": zeros(experts),
-        "gated_norm_sum": zeros(experts),
-        "norm_max": zeros(experts),
+    by_expert = ("gate_sum", "normalized_gate_sum", "norm_sum", "gated_norm_sum", "norm_max")
+    sums = {
+        "out": zeros(count, size, dtype=torch.float32),
+        "counts": zeros(experts, dtype=torch.int64),
+        "input_energy": zeros(experts, size),
+        **{name: zeros(experts) for name in (*by_expert, "direction_change")},
+        **{name: zeros(experts, width) for name in ("projection", "magnitude", "energy", "peak")},
     }
-    change = zeros(experts)
-    names = ("projection", "magnitude", "energy", "peak")
-    by_neuron = {name: zeros(experts, shape.width) for name in names}
+    second_moment = zeros(experts, width * (width + 1) // 2)
 
-    def call() -> None:
-        ops.accumulate_activation_stats(outputs, row_gates, routing.offsets, **by_expert)
-        ops.accumulate_direction_change(
-            hidden, outputs, tokens, row_gates, routing.offsets, direction_change=change
-        )
-        ops.accumulate_neuron_contribution(
-            activations, outputs, down, row_gates, routing.offsets, **by_neuron
+    def activations() -> Any:
+        return ops.expert_activations(
+            hidden, routing.offsets, routing.slots, gate, up, shape.experts_per_token
         )
 
-    return call
+    m = activations()
+
+    def statistics() -> None:
+        ops.expert_statistics(hidden, m, down, *routing, gates.float(), **sums)
+
+    def moments() -> None:
+        ops.accumulate_second_moment(m, row_gates, routing.offsets, second_moment=second_moment)
+
+    return {
+        "expert_activations": activations,
+        "expert_statistics": statistics,
+        "second_moment": moments,
+    }
 
 
 # ---- timing -------------------------------------------------------------------------------------
@@ -482,28 +488,43 @@ def time_layers(suite: Suite, device: str) -> None:
                         **timing,
                     }
                 )
-                if count in (1, 4096, 70) and kept in (1.0, 0.5):
-                    loop = time_calls([partial(layers[0].loop, *inputs[0])], device, samples=10)
-                    suite.timings.append(
-                        {
-                            "op": "torch loop",
-                            "shape": shape.name,
-                            "kept": kept,
-                            "tokens": count,
-                            **loop,
-                        }
-                    )
                 print(_line(suite.timings[-1]), flush=True)
+                if count in (1, 64, 4096, 70) and kept in (1.0, 0.5):
+                    about = {"shape": shape.name, "kept": kept, "tokens": count}
+                    time_baselines(suite, layers[0], inputs[0], timing["us"], about)
             layers.clear()
 
 
-def time_statistics(suite: Suite, device: str) -> None:
-    """The three statistics of one batch."""
+def time_baselines(
+    suite: Suite, layer: Layer, arguments: tuple[Any, Any, Any], own: float, about: dict[str, Any]
+) -> None:
+    """What else computes the same layer, one weight set, in the same process."""
+    padded = gpu_baselines.padded_weights(
+        layer.gate_up, layer.down, layer.widths, layer.offsets.tolist()
+    )
+    found: dict[str, Callable[[], Any] | str] = {"torch loop": partial(layer.loop, *arguments)}
+    found |= gpu_baselines.baselines(*arguments, *padded)
+    expected = layer.forward(*arguments).float()
+    for name, call in found.items():
+        if isinstance(call, str):
+            suite.skip(f"{name}: {call}")
+            continue
+        error = float((call().float() - expected).norm() / expected.norm())
+        suite.check(f"{name} agrees, {about['tokens']} tokens", error < 2e-2, f"{error:.2e}")
+        timing = time_calls([call], layer.device, samples=10)
+        record = {"op": name, **about, "x expert_gemm": timing["us"] / own, **timing}
+        suite.timings.append(record)
+        print(_line(record), flush=True)
+
+
+def time_calibration(suite: Suite, device: str) -> None:
+    """A batch of calibration; expert_gemm of the same table is the plain forward pass."""
     shape = TINY if suite.rehearse else LAYERS[0]
     count = 40 if suite.rehearse else 16384
     layer = Layer(shape, ragged_widths(shape, 1.0), device)
-    timing = time_calls([statistics_call(layer, count)], device, samples=10)
-    suite.timings.append({"op": "statistics", "shape": shape.name, "tokens": count, **timing})
+    for name, call in calibration_calls(layer, count).items():
+        timing = time_calls([call], device, samples=10)
+        suite.timings.append({"op": name, "shape": shape.name, "tokens": count, **timing})
 
 
 # ---- results ------------------------------------------------------------------------------------
@@ -548,6 +569,7 @@ def _cells(record: dict[str, Any]) -> Iterator[str]:
         "p90_us",
         "TFLOP/s",
         "weights GB/s",
+        "x expert_gemm",
     ):
         value = record.get(key, "")
         yield f"{value:.1f}" if isinstance(value, float) and key != "kept" else str(value)
@@ -568,8 +590,10 @@ def write(suite: Suite, output: Path) -> None:
         )
     lines += ["", "## Not done", "", *([f"- {what}" for what in suite.skipped] or ["- nothing"])]
     lines += ["", "## Timings", ""]
-    lines.append("| op | shape | kept | tokens | us | p10 | p90 | TFLOP/s | weights GB/s |")
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    lines.append(
+        "| op | shape | kept | tokens | us | p10 | p90 | TFLOP/s | weights GB/s | x expert_gemm |"
+    )
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
     lines += [_line(record) for record in suite.timings]
     (output / "suite.md").write_text("\n".join(lines) + "\n")
 
@@ -600,7 +624,7 @@ def main() -> int:
         run_tiny(device)
         check_bits(suite, device)
         time_ceilings(suite, device)
-        time_statistics(suite, device)
+        time_calibration(suite, device)
         time_layers(suite, device)
     else:
         environment = build(suite, arguments.build_dir)

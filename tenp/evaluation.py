@@ -81,7 +81,9 @@ def _evaluate_domain(
         raise DataError(
             f"domain {samples.domain} must have a sample of two tokens or more, or there is nothing to predict"
         )
-    tokens, loss, divergence, agreed = 0, 0.0, 0.0, 0
+    tokens = 0
+    # Read once, at the end: a GPU would have to be waited for each time.
+    totals = torch.zeros(3, dtype=torch.float64, device=model.device)
     for ids, mask in samples.batches(batch_tokens, model.device):
         predicted = mask[:, 1:].bool()
         targets = ids[:, 1:][predicted]
@@ -92,14 +94,15 @@ def _evaluate_domain(
         for begin in range(0, len(targets), _CHUNK):
             chunk = slice(begin, begin + _CHUNK)
             ours = F.log_softmax(logits[chunk].float(), dim=-1)
-            loss -= ours.gather(1, targets[chunk, None]).double().sum().item()
+            totals[0] -= ours.gather(1, targets[chunk, None]).double().sum()
             if dense is not None:
                 theirs = F.log_softmax(dense[chunk].to(ours.device).float(), dim=-1)
                 terms = F.kl_div(ours, theirs, log_target=True, reduction="none")
-                divergence += terms.double().sum().item()
-                agreed += int((ours.argmax(dim=1) == theirs.argmax(dim=1)).sum())
+                totals[1] += terms.double().sum()
+                totals[2] += (ours.argmax(dim=1) == theirs.argmax(dim=1)).sum()
         if progress is not None:
             progress(samples.domain, int(mask.sum()))
+    loss, divergence, agreed = totals.tolist()
     return DomainEvaluation(
         samples.domain,
         tokens,

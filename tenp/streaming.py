@@ -415,8 +415,6 @@ def collect(
     """
     layers = list(model.experts.values())
     samples, statistics = begin(layers, samples, source, settings, second_moments)
-    for tensors in statistics.layers.values():
-        tensors.update({name: tensor.to(model.device) for name, tensor in tensors.items()})
     run = StreamedCalibration(
         model,
         make_batches(samples, batch_tokens),
@@ -428,7 +426,13 @@ def collect(
     )
     first = run.resume(work, statistics) if work is not None else 0
     for layer in range(first, run.last_layer + 1):
-        run.run_layer(layer, statistics.layers.get(layer))
+        sums = statistics.layers.get(layer)
+        if sums is not None:
+            # One layer's at a time: a device may have no room for the second moments of all.
+            sums.update({name: tensor.to(model.device) for name, tensor in sums.items()})
+        run.run_layer(layer, sums)
+        if sums is not None:
+            sums.update({name: tensor.cpu() for name, tensor in sums.items()})
         if work is not None:
-            run.save_layer(work, layer, statistics.layers.get(layer))
+            run.save_layer(work, layer, sums)
     return finish(statistics)

@@ -65,7 +65,7 @@ def test_opcheck_of_a_calibration_pass(bias: bool) -> None:
 @pytest.mark.parametrize(("bias", "max_width"), [(False, None), (True, 96)])
 def test_opcheck_of_expert_gemm(bias: bool, max_width: int | None, dtype: torch.dtype) -> None:
     inputs = make_expert_gemm(ExpertGemmCase(tokens=7, bias=bias, dtype=dtype))
-    arguments = {**inputs.arguments(), **NO_SCALES, "max_width": max_width}
+    arguments = {**inputs.arguments(), **NO_SCALES, "max_width": max_width, "allow_tf32": False}
     torch.library.opcheck(OPS.expert_gemm.default, (), arguments)
 
 
@@ -77,7 +77,7 @@ def test_opcheck_of_the_gradient_of_expert_gemm() -> None:
     torch.library.opcheck(OPS.expert_gemm_backward.default, (of_out,), arguments)
     for tensor in (inputs.hidden, inputs.gates, inputs.gate_up, inputs.down):
         tensor.requires_grad_()
-    arguments = {**inputs.arguments(), **NO_SCALES, "max_width": 96}
+    arguments = {**inputs.arguments(), **NO_SCALES, "max_width": 96, "allow_tf32": False}
     torch.library.opcheck(OPS.expert_gemm.default, (), arguments)
 
 
