@@ -73,6 +73,7 @@ def begin(
     source: Source,
     settings: dict[str, Any] | None = None,
     second_moments: bool = False,
+    cross_moments: bool = False,
 ) -> tuple[Sequence[Samples], Statistics]:
     """Return the samples as they are to be run, and the statistics of no token to add to.
 
@@ -82,16 +83,17 @@ def begin(
         source: The checkpoint.
         settings: Recorded in the statistics.
         second_moments: As in `collect`.
+        cross_moments: Also those with what the dense model computes.
     """
     if second_moments:
-        moments.check_memory(layers, len(samples))
+        moments.check_memory(layers, len(samples), cross=cross_moments)
         samples = moments.halves(samples)
     domains = [Domain(s.domain, len(s.ids), s.tokens(), (s.digest(),)) for s in samples]
     shapes = {experts.layer: (experts.num_experts, experts.width) for experts in layers}
     hidden = layers[0].down.shape[1]
     statistics = Statistics.zeros(source, domains, shapes, settings or {}, hidden=hidden)
     for experts in layers if second_moments else []:
-        statistics.layers[experts.layer].update(moments.empty(experts, len(domains)))
+        statistics.layers[experts.layer].update(moments.empty(experts, len(domains), cross_moments))
     return samples, statistics
 
 
@@ -254,7 +256,7 @@ def add_experts(
         begin, end = offsets[:: experts.num_experts].tolist()
         offsets, slots, rows = offsets - begin, slots[begin:end], rows - begin
     activations = _activations(experts, routed.hidden, offsets, slots, rows.shape[1])
-    per_batch = {name: total for name, total in sums.items() if name != "second_moment"}
+    per_batch = {n: total for n, total in sums.items() if not ALL_STATISTICS[n].has_folds}
     ops.expert_statistics(
         routed.hidden,
         activations,
@@ -320,6 +322,25 @@ def run_expert(one: Experts, routed: Routed, out: Tensor, expert: int) -> None:
     if (down_bias := one.biases()[2]) is not None:
         outputs = outputs + down_bias[0]
     out.index_add_(0, tokens, outputs.float() * routed.row_gates[rows, None])
+
+
+def add_cross_moments(
+    one: Experts, routed: Routed, dense: Routed, sums: LayerStatistics, expert: int
+) -> None:
+    """Add how the neurons of one expert relate to those of the dense model, for one batch.
+
+    Args:
+        one: The expert alone.
+        routed: The rows of the model that is measured.
+        dense: Of the dense model on the same tokens; only what the experts receive is used.
+        sums: `[1, ...]` of the batch's domain, added to.
+        expert: Which of the layer's experts it is.
+    """
+    rows = slice(*routed.offsets[expert : expert + 2].tolist())
+    tokens, gates = routed.row_tokens[rows], routed.row_gates[rows]
+    mine = one.activations(0, routed.hidden[tokens])
+    theirs = one.activations(0, dense.hidden[tokens])
+    moments.add_cross_moment(one, sums, theirs, mine, gates)
 
 
 def column_norms(down: Tensor) -> Tensor:

@@ -30,10 +30,11 @@ from tenp.plan import Plan
 from tenp.pruning import PLAN_FILE
 from tenp.reading import Reader
 from tenp.samples import Samples
+from tenp.sequential import Narrowing, Options
 from tenp.source import Source
 from tenp.statistics import Statistics
 from tenp.storage import Offload, Storage
-from tenp.streaming import ExpertsReader, Progress, Stream, collect
+from tenp.streaming import Progress, Stream, Successors, collect
 from tenp.workdir import WorkDirectory
 
 _STATISTICS_FILE = "statistics.safetensors"
@@ -53,6 +54,8 @@ class Execution:
         work_dir: Where finished layers are kept, so that the same run can go on after it was stopped.
         pruned: A checkpoint that was pruned from the model: every layer is then calibrated on what the
             pruned layers before it put out. None calibrates on the dense model's, as the paper does.
+        sequential: Decide every layer on what the layers before it put out as they are decided; None
+            decides all on the dense model, as the paper does.
     """
 
     stream: Stream | None = None
@@ -60,6 +63,7 @@ class Execution:
     offload: Offload | None = None
     work_dir: Path | None = None
     pruned: Path | None = None
+    sequential: Options | None = None
 
     def is_streamed(self, group: Group, checkpoint: Checkpoint) -> bool:
         """Whether weights are read layer by layer.
@@ -78,13 +82,15 @@ class Execution:
             raise InvalidArgument(
                 "--stream must be layers or experts for a checkpoint in float8, got none"
             )
-        if self.stream == "none" and self.pruned is not None:
-            raise InvalidArgument("--stream must be layers or experts with --pruned, got none")
+        if self.stream == "none" and (self.pruned or self.sequential):
+            option = "--pruned" if self.pruned else "--sequential"
+            raise InvalidArgument(f"--stream must be layers or experts with {option}, got none")
         wants = (
             self.memory is not None
             or group.size > 1
             or checkpoint.block is not None
             or self.pruned is not None
+            or self.sequential is not None
         )
         return self.stream in ("layers", "experts") or (self.stream is None and wants)
 
@@ -146,6 +152,7 @@ def calibrate_streamed(
     progress: Callable[[Reader], Progress | None],
     announce: Callable[[str], None],
     second_moments: bool = False,
+    narrowing: Narrowing | None = None,
 ) -> Statistics:
     """Calibrate layer by layer.
 
@@ -163,10 +170,14 @@ def calibrate_streamed(
         progress: Makes what is told of progress, for a reader that counts its bytes.
         announce: Told the forecast.
         second_moments: Also add them up.
+        narrowing: Decides what every layer becomes before the next one is run.
     """
     reader = Reader(checkpoint)
     model = LayerwiseModel(reader, dtype, device)
-    stream = execution.stream
+    # What is measured and what runs on are different experts, so they are read one by one.
+    is_apart = execution.pruned is not None or narrowing is not None
+    stream = "experts" if is_apart else execution.stream
+    against_dense = narrowing is not None and narrowing.options.against_dense
     setup = Setup(stream or "layers", execution.offload or "ram", settings["batch_tokens"])
     if execution.memory is not None:
         memory.return_freed()
@@ -179,15 +190,19 @@ def calibrate_streamed(
             settings["batch_tokens"],
             group.size,
             second_moments,
+            against_dense,
         )
         setup = found.setup
     else:
-        found = memory.forecast(model, samples, setup, group.size, second_moments)
+        found = memory.forecast(model, samples, setup, group.size, second_moments, against_dense)
     announce(f"forecast: {found}")
     settings = {**settings, "batch_tokens": setup.batch_tokens}
-    experts_of_pruned = None
-    if execution.pruned is not None:
-        experts_of_pruned, settings["pruned"] = _pruned_experts(model, source, execution.pruned)
+    successors: Successors | None = None
+    if narrowing is not None:
+        successors = narrowing.successors(model, adapter.stored_dtype(model.model.config))
+        settings["sequential"] = narrowing.settings()
+    elif execution.pruned is not None:
+        successors, settings["pruned"] = _pruned_experts(model, source, execution.pruned)
     if work is not None:
         measured = {"second_moments": second_moments, "second_pass": False}
         work.require(identity(source, samples, {**settings, **measured}, group))
@@ -207,7 +222,8 @@ def calibrate_streamed(
             work,
             group,
             second_moments,
-            experts_of_pruned,
+            successors,
+            against_dense,
         )
     finally:
         storage.close()
@@ -218,7 +234,7 @@ def calibrate_streamed(
 
 def _pruned_experts(
     model: LayerwiseModel, source: Source, directory: Path
-) -> tuple[ExpertsReader, str]:
+) -> tuple[Successors, str]:
     """Return a reader of a pruned checkpoint's experts, and the digest of its plan.
 
     Raises:
@@ -230,6 +246,6 @@ def _pruned_experts(
     reader = Reader(pruned)
     tensors = adapter.expert_tensors(model.model, pruned.tensors)
     return (
-        lambda layer: expert_reader(model.experts[layer], tensors, reader, model.dtype),
+        lambda layer, sums: expert_reader(model.experts[layer], tensors, reader, model.dtype),
         plan.digest(),
     )

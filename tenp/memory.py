@@ -124,6 +124,7 @@ def forecast(
     setup: Setup,
     processes: int = 1,
     second_moments: bool = False,
+    cross_moments: bool = False,
 ) -> Forecast:
     """Estimate what a setup holds.
 
@@ -133,6 +134,7 @@ def forecast(
         setup: How.
         processes: That share the batches.
         second_moments: Whether they are added up.
+        cross_moments: Whether the dense model runs beside the pruned one, and how they relate is added up.
     """
     size = model.dtype.itemsize
     hidden = next(iter(model.experts.values())).down.shape[1]
@@ -165,6 +167,7 @@ def forecast(
     if setup.offload != "disk":
         # Input and output of a layer; apart from their experts also what goes into these, in float32.
         between = positions * hidden * (2 * size + (4 if setup.stream == "experts" else 0))
+        between *= 2 if cross_moments else 1
     rest = sum(p.numel() for p in model.model.parameters() if not p.is_meta) * size
     return Forecast(
         setup,
@@ -172,7 +175,7 @@ def forecast(
         weights=max(weights) + rest,
         batch=_batch_bytes(model, setup, batch, longest, widest),
         between=between,
-        statistics=_statistics_bytes(model, len(samples), second_moments)
+        statistics=_statistics_bytes(model, len(samples), second_moments, cross_moments)
         + _contribution_bytes(model, samples, setup, processes),
         reads=sum(
             model.checkpoint.tensors[name].stored_bytes
@@ -213,7 +216,9 @@ def _batch_bytes(model: LayerwiseModel, setup: Setup, batch: int, longest: int, 
     return max(own, routed + 4 * batch * hidden * size)
 
 
-def _statistics_bytes(model: LayerwiseModel, domains: int, second_moments: bool) -> int:
+def _statistics_bytes(
+    model: LayerwiseModel, domains: int, second_moments: bool, cross_moments: bool
+) -> int:
     total = 0
     for experts in model.experts.values():
         per_neuron, per_expert, per_input = 4 * domains + 1, 8 * domains, domains
@@ -223,7 +228,8 @@ def _statistics_bytes(model: LayerwiseModel, domains: int, second_moments: bool)
             * (per_neuron * experts.width + per_expert + per_input * experts.down.shape[1])
         )
     if second_moments:
-        total = 2 * total + moments.required_bytes(list(model.experts.values()), domains)
+        layers = list(model.experts.values())
+        total = 2 * total + moments.required_bytes(layers, domains, cross_moments)
     return total
 
 
@@ -249,6 +255,7 @@ def choose(
     batch_tokens: int,
     processes: int = 1,
     second_moments: bool = False,
+    cross_moments: bool = False,
 ) -> Forecast:
     """Return the first setup that fits: whole layers if they do, large batches, states in memory.
 
@@ -261,6 +268,7 @@ def choose(
         batch_tokens: At most.
         processes: That share the batches, each with so much memory.
         second_moments: Whether they are added up.
+        cross_moments: As in `forecast`.
 
     Raises:
         InvalidArgument: Nothing fits; the message says what would.
@@ -275,8 +283,9 @@ def choose(
     for way in streams:
         for size in sizes:
             for place in places:
+                setup = Setup(way, place, size)
                 candidate = forecast(
-                    model, samples, Setup(way, place, size), processes, second_moments
+                    model, samples, setup, processes, second_moments, cross_moments
                 )
                 if candidate.total <= memory:
                     return candidate

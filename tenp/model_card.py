@@ -227,6 +227,9 @@ def _command(name: str, settings: Mapping[str, Any], repaired: bool) -> str:
         words += ["--repair", "ls"]
     if given.get("worst_domain"):
         words.append("--worst-domain")
+    if "sequential" in given:
+        words.append("--sequential")
+        words += ["--against-dense"] if given["sequential"]["against_dense"] else []
     if not dern.get("weighted", True):
         words.append("--no-dern-weights")
     return " ".join(map(shlex.quote, [*words, "--out", "DIR"]))

@@ -64,55 +64,102 @@ def variables(experts: Experts) -> int:
     return experts.width + int(experts.biases()[2] is not None)
 
 
+def add_cross_moment(
+    experts: Experts,
+    sums: LayerStatistics,
+    dense: Tensor,
+    activations: Tensor,
+    gates: Tensor,
+) -> None:
+    """Add what relates an expert's neurons to those of the dense model on the same tokens.
+
+    Args:
+        experts: The expert alone.
+        sums: `cross_moment` `[1, n, n]` and `target_energy` `[1]`, added to.
+        dense: `[S, I]`. m', what the expert computes in the dense model.
+        activations: `[S, I]`. m.
+        gates: `[S]`, of the model that is measured.
+    """
+    has_bias = experts.biases()[2] is not None
+    target, mine = (_weighted(m, gates, has_bias) for m in (dense, activations))
+    sums["cross_moment"][0] += target.t() @ mine
+    sums["target_energy"][0] += (target @ _columns(experts, 0).t()).square().sum()
+
+
+def _weighted(activations: Tensor, gates: Tensor, has_bias: bool) -> Tensor:
+    """`[S, n]`, float64: g m, with g itself for the bias."""
+    weights = gates.double().unsqueeze(1)
+    weighted = weights * activations.double()
+    return torch.cat([weighted, weights], dim=1) if has_bias else weighted
+
+
+def _columns(experts: Experts, expert: int) -> Tensor:
+    """`[H, n]`, float64: W_d, the down bias as a last column."""
+    bias = experts.biases()[2]
+    columns = experts.down[expert].double()
+    return columns if bias is None else torch.cat([columns, bias[expert].double()[:, None]], dim=1)
+
+
 def down_gram(experts: Experts) -> Tensor:
     """Return W_d^T W_d of every expert, `[E, P]` float64 packed, the down bias as a last column."""
-    bias = experts.biases()[2]
     grams = []
-    for expert, down in enumerate(experts.down):
-        columns = down.double()
-        if bias is not None:
-            columns = torch.cat([columns, bias[expert].double().unsqueeze(1)], dim=1)
+    for expert in range(experts.num_experts):
+        columns = _columns(experts, expert)
         grams.append(pack(columns.t() @ columns))
     return torch.stack(grams)
 
 
-def empty(experts: Experts, rows: int) -> LayerStatistics:
+def empty(experts: Experts, rows: int, cross: bool = False) -> LayerStatistics:
     """Return the second moments of no token.
 
     Args:
         experts: Of one layer.
         rows: Folds times domains.
+        cross: Also those with the dense model.
     """
-    size = packed_size(variables(experts))
-    return {
-        "second_moment": torch.zeros(rows, experts.num_experts, size, dtype=torch.float64),
-        "down_gram": torch.zeros(experts.num_experts, size, dtype=torch.float64),
+    count, variables_ = experts.num_experts, variables(experts)
+    shapes: dict[str, tuple[int, ...]] = {
+        "second_moment": (rows, count, packed_size(variables_)),
+        "down_gram": (count, packed_size(variables_)),
     }
+    if cross:
+        shapes["cross_moment"] = (rows, count, variables_, variables_)
+        shapes["target_energy"] = (rows, count)
+    return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
 
 
-def required_bytes(layers: Sequence[Experts], domains: int) -> int:
+def required_bytes(layers: Sequence[Experts], domains: int, cross: bool = False) -> int:
     """Forecast the bytes of the second moments, the largest statistics by far.
 
-    8 bytes x (folds x domains + 1) x experts x n (n + 1) / 2, summed over layers.
+    8 bytes x (folds x domains + 1) x experts x n (n + 1) / 2, summed over layers; those with the
+    dense model take 8 bytes x folds x domains x experts x n^2 more.
     """
-    return sum(
-        8 * (FOLDS * domains + 1) * experts.num_experts * packed_size(variables(experts))
-        for experts in layers
-    )
+    total = 0
+    for experts in layers:
+        n = variables(experts)
+        numbers = (FOLDS * domains + 1) * packed_size(n) + FOLDS * domains * n * n * cross
+        total += 8 * experts.num_experts * numbers
+    return total
 
 
-def check_memory(layers: Sequence[Experts], domains: int, available: int | None = None) -> None:
+def check_memory(
+    layers: Sequence[Experts],
+    domains: int,
+    available: int | None = None,
+    cross: bool = False,
+) -> None:
     """Refuse second moments that will not fit, before the run.
 
     Args:
         layers: The experts to be calibrated.
         domains: Calibration domains.
         available: Bytes that may be used; None is the free memory of this machine.
+        cross: As in `required_bytes`.
 
     Raises:
         Unsupported: They would need more; the message has both numbers.
     """
-    needed = required_bytes(layers, domains)
+    needed = required_bytes(layers, domains, cross)
     available = available_bytes() if available is None else available
     if needed > available:
         raise Unsupported(
@@ -155,7 +202,7 @@ def halves(samples: Sequence[Samples]) -> list[Samples]:
 def join_halves(apart: Statistics) -> Statistics:
     """Return the statistics of `halves` as those of the domains: second moments keep the folds apart.
 
-    Sums of the folds are added, maxima compared; `second_moment` stays `[2 D, E, P]`.
+    Sums of the folds are added, maxima compared; what has folds, like `second_moment`, stays `[2 D, ...]`.
     """
     domains = []
     for first, second in zip(apart.domains[::2], apart.domains[1::2], strict=True):
@@ -172,7 +219,7 @@ def join_halves(apart: Statistics) -> Statistics:
         layers[layer] = dict(tensors)
         for name, tensor in tensors.items():
             statistic = ALL_STATISTICS[name]
-            if statistic.merge == "weights" or statistic.per == "fold pair":
+            if statistic.merge == "weights" or statistic.has_folds:
                 continue
             pairs = tensor.unflatten(0, (len(domains), FOLDS))
             layers[layer][name] = pairs.sum(1) if statistic.merge == "sum" else pairs.amax(1)

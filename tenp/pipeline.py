@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from tenp import (
     rounding,
     running,
     scoring,
+    sequential,
     verification,
 )
 from tenp import report as reporting
@@ -36,6 +38,7 @@ from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
 from tenp.errors import CheckpointError, InvalidArgument, Unsupported
 from tenp.evaluation import DomainEvaluation
+from tenp.execution import Execution
 from tenp.files import require_absent, require_space, write_atomically
 from tenp.model_card import Cost, model_card
 from tenp.plan import Plan
@@ -44,6 +47,7 @@ from tenp.quantization import Int8
 from tenp.reconstruction import Prediction
 from tenp.refitting import Refitting
 from tenp.running import Reporter, Run
+from tenp.sequential import Narrowing
 from tenp.statistics import Statistics
 from tenp.text import TextDomain, read_domains
 from tenp.workdir import WorkDirectory
@@ -319,6 +323,32 @@ class Pruned:
     after: list[DomainEvaluation] = field(default_factory=list)
 
 
+def _narrowing(
+    first: Plan,
+    dense: Statistics,
+    options: sequential.Options,
+    checkpoint: Checkpoint,
+    plan_options: Mapping[str, Any],
+) -> Narrowing:
+    names = ("neuron_criterion", "domain_weights", "seed")
+    given = {name: plan_options[name] for name in names if name in plan_options}
+    weights = refitting.reader_of_layers(checkpoint)
+    return Narrowing(first, dense, options, **given, weights=weights)
+
+
+@contextmanager
+def _work_of(
+    work: WorkDirectory | None, first: Plan, group: Group
+) -> Iterator[WorkDirectory | None]:
+    """Yield the part of a work directory that belongs to the sequential run of a plan."""
+    if work is None:
+        yield None
+        return
+    path = work.path / f"sequential-{first.digest()[:16]}"
+    with Execution(work_dir=path).work(group) as own:
+        yield own
+
+
 def prune(
     model: str | Path,
     sources: Sequence[str | Path],
@@ -354,6 +384,8 @@ def prune(
         run = dataclasses.replace(run, second_pass=True)
     # Everything that can be known to be wrong is found before the model is read.
     kept, _ = planning.check_budget(budget)
+    if run.execution.sequential is not None:
+        sequential.check(run.execution.sequential, budget.method, run.second_moments)
     run.torch_dtype()
     group = Group.from_environment()
     with run.execution.work(group) as work:
@@ -368,6 +400,15 @@ def prune(
             require_space(Path(out), int(kept * source.bytes))  # at least: only experts shrink
         statistics = running.calibrate(checkpoint, source, domains, run, report, group, work)
         decided = plan(statistics, budget, checkpoint=checkpoint, **plan_options)
+        if run.execution.sequential is not None:
+            narrowing = _narrowing(
+                decided, statistics, run.execution.sequential, checkpoint, plan_options
+            )
+            with _work_of(work, decided, group) as own:
+                statistics = running.calibrate(
+                    checkpoint, source, domains, run, report, group, own, narrowing
+                )
+            decided = narrowing.plan(statistics)
         if out is None or group.rank > 0:
             return Pruned(decided, statistics)
         try:

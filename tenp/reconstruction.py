@@ -8,7 +8,7 @@ Second moments to plan, with no forward pass: `tenp.selection` orders every expe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,6 +111,7 @@ def eliminate(
     statistics: Statistics,
     weights: Mapping[str, float],
     under_covered: UnderCovered = "warn",
+    protected: Mapping[int, Tensor] | None = None,
 ) -> Eliminations:
     """Order the removals of every expert of every layer.
 
@@ -118,20 +119,22 @@ def eliminate(
         statistics: With second moments.
         weights: What each domain's second moments are multiplied by, by name.
         under_covered: As in `plan`.
+        protected: Decoder layer index to `[E, I]` bool, the neurons that go last; None finds those of
+            huge activations.
     """
-    protected = allocation.super_neurons(statistics.layers)
+    guards = {**(protected or allocation.super_neurons(statistics.layers))}
     for layer, expert in under_covered_experts(statistics) if under_covered != "warn" else []:
         if under_covered == "fail":
             raise PlanError(
                 f"every expert must see {MINIMUM_COVERAGE} calibration tokens, but layer {layer} expert {expert} "
                 "does not; calibrate on more text"
             )
-        protected[layer][expert] = True
+        guards[layer][expert] = True
     layers = {}
     for layer in statistics.layers:
         moments = repair.layer_moments(statistics, layer, weights)
         total, fixed = moments.moment, moments.fixed()
-        guarded = torch.nn.functional.pad(protected[layer], (0, len(fixed) - moments.width))
+        guarded = torch.nn.functional.pad(guards[layer], (0, len(fixed) - moments.width))
         size = max(_CHUNK_BYTES // (8 * len(fixed) ** 2), 1)
         parts = [
             selection.eliminate(gram, moment, fixed=fixed, protected=guard)
@@ -146,7 +149,7 @@ def eliminate(
             torch.cat([part.order for part in parts]),
             torch.cat([part.costs for part in parts]),
         )
-    return Eliminations(layers, dict(weights), protected)
+    return Eliminations(layers, dict(weights), guards)
 
 
 def widths_for(
@@ -192,11 +195,7 @@ def cut(
     """
     masks = {}
     for layer, widths in widths_for(statistics, removals, budget).items():
-        order = removals.layers[layer].order
-        rank = torch.empty_like(order).scatter_(
-            1, order, torch.arange(order.shape[1]).expand_as(order)
-        )
-        masks[layer] = rank >= order.shape[1] - torch.tensor(widths).unsqueeze(1)
+        masks[layer] = keep_last(removals.layers[layer].order, widths)
     counts = {layer: sums["counts"].sum(dim=0) for layer, sums in statistics.layers.items()}
     decided = Plan(
         source=statistics.source,
@@ -206,6 +205,17 @@ def cut(
         activated_share=activated_share(masks, counts),
     )
     return _repaired(decided, statistics, removals.weights)
+
+
+def keep_last(order: Tensor, widths: Sequence[int]) -> Tensor:
+    """Return `[E, I]` bool: the neurons that are removed last, as many as each expert's width.
+
+    Args:
+        order: `[E, I]`, neurons in the order of their removal.
+        widths: `E` widths, 0..I.
+    """
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    return rank >= order.shape[1] - torch.tensor(widths).unsqueeze(1)
 
 
 def with_repair(
@@ -235,12 +245,7 @@ def _repaired(decided: Plan, statistics: Statistics, weights: Mapping[str, float
         moments = repair.layer_moments(statistics, layer, weights)
         fits = repair.fit_layer(moments, keep)
         ridges[layer] = [fit.ridge for fit in fits]
-        energy = float(repair.energy(moments.gram, moments.moment).sum()) or 1.0
-        errors[layer] = {
-            "repaired": sum(fit.error for fit in fits) / energy,
-            "masked": sum(fit.masked for fit in fits) / energy,
-            "crossed": sum(fit.cross for fit in fits) / energy,
-        }
+        errors[layer] = repair.relative_errors(moments, fits)
     singular = repair.singular_experts(statistics)
     return dataclasses.replace(decided, repair=Repair(ridges, dict(weights), errors, singular))
 

@@ -148,9 +148,10 @@ class Refitting:
             repair.refitted_down(
                 experts.down[expert],
                 None if bias is None else bias[expert],
-                moments.moment[expert],
+                moments.folds[:, expert].sum(dim=0),
                 keep[expert],
                 self._repair.ridges[layer][expert],
+                moments.target(expert),
             )
             for expert in range(experts.num_experts)
         ]

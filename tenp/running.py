@@ -23,6 +23,7 @@ from tenp.errors import CheckpointError, InvalidArgument, Unsupported
 from tenp.execution import Execution
 from tenp.reading import Reader
 from tenp.samples import Samples, generate_answers, tokenize
+from tenp.sequential import Narrowing
 from tenp.source import Source
 from tenp.statistics import Statistics
 from tenp.streaming import Progress
@@ -82,6 +83,7 @@ def calibrate(
     report: Reporter | None,
     group: Group,
     work: WorkDirectory | None,
+    narrowing: Narrowing | None = None,
 ) -> Statistics:
     """Calibrate as `run` says: in memory or streamed, anew or from where a stopped run left off.
 
@@ -93,6 +95,7 @@ def calibrate(
         report: Told of progress.
         group: The processes that share the work.
         work: Where finished layers are kept, or None.
+        narrowing: Decides what every layer becomes before the next one is run; needs streaming.
     """
     config = adapter.load_config(checkpoint.directory)
     settings = {
@@ -131,6 +134,7 @@ def calibrate(
             functools.partial(_streaming_progress, report, checkpoint, samples),
             functools.partial(_announce, report),
             second_moments=run.second_moments,
+            narrowing=narrowing,
         )
     answered = None if run.self_generate else samples_of(checkpoint, domains, run)
     if work is not None and answered is not None:

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,12 +36,19 @@ class Statistic:
     """What one named statistic is, so that every reader treats it alike."""
 
     #: What there is one number for: shape [D, E], [D, E, I], [D, E, H] or [D]; of a "pair" of
-    #: neurons [D, E, P] packed as in tenp.moments, with two folds per domain [2 D, E, P]. Facts of
-    #: the weights have no domain axis.
-    per: Literal["expert", "neuron", "input", "layer", "pair", "fold pair"]
+    #: neurons [D, E, P] packed as in tenp.moments, of a "square" of them [D, E, n, n]. With two folds
+    #: per domain 2 D stands for D. Facts of the weights have no domain axis.
+    per: Literal[
+        "expert", "neuron", "input", "layer", "pair", "fold pair", "fold square", "fold expert"
+    ]
     merge: Literal["sum", "max", "weights"]  # "weights": a fact of the checkpoint, equal in all
     formula: str
     dtype: torch.dtype = torch.float64
+
+    @property
+    def has_folds(self) -> bool:
+        """Whether the halves of the samples are kept apart (`tenp.moments`)."""
+        return self.per.startswith("fold")
 
 
 #: What every layer has. x is the input of the experts, y = W_d m the output of one expert
@@ -68,6 +76,8 @@ OPTIONAL_STATISTICS: Mapping[str, Statistic] = {
     "residual_change": Statistic("expert", "sum", "sum g |y| max(0, 1 - cos(h, h + z))"),
     "second_moment": Statistic("fold pair", "sum", "sum g^2 m m^T"),
     "down_gram": Statistic("pair", "weights", "W_d^T W_d"),
+    "cross_moment": Statistic("fold square", "sum", "sum g^2 m' m^T, m' of the dense model"),
+    "target_energy": Statistic("fold expert", "sum", "sum g^2 |W_d m'|^2"),
     "activation_energy": Statistic("neuron", "sum", "sum m_k^2"),
     "gradient_energy": Statistic("neuron", "sum", "sum <w_k, dL/dy>^2"),
     "output_sensitivity": Statistic("layer", "sum", "sum |dL/dz|^2, over all attended tokens"),
@@ -242,10 +252,18 @@ def _shape(statistic: Statistic, domains: int, layer: LayerStatistics) -> tuple[
         "layer": (),
         "pair": (experts, *pairs),
         "fold pair": (experts, *pairs),
+        "fold square": (experts, *_square(pairs)),
+        "fold expert": (experts,),
     }[statistic.per]
     if statistic.merge == "weights":
         return expected
-    return (2 * domains if statistic.per == "fold pair" else domains, *expected)
+    return (2 * domains if statistic.has_folds else domains, *expected)
+
+
+def _square(pairs: tuple[int, ...]) -> tuple[int, ...]:
+    """`[n, n]` for the packed `[n (n + 1) / 2]`."""
+    size = (isqrt(8 * pairs[0] + 1) - 1) // 2 if pairs else 0
+    return size, size
 
 
 def select(statistics: Statistics, names: Iterable[str]) -> Statistics:
@@ -269,7 +287,7 @@ def select(statistics: Statistics, names: Iterable[str]) -> Statistics:
         layers[layer] = {
             name: tensor
             if ALL_STATISTICS[name].merge == "weights"
-            else tensor[folds if ALL_STATISTICS[name].per == "fold pair" else kept]
+            else tensor[folds if ALL_STATISTICS[name].has_folds else kept]
             for name, tensor in tensors.items()
         }
     domains = tuple(statistics.domains[row] for row in kept)
@@ -338,7 +356,7 @@ def merge(parts: Iterable[Statistics]) -> Statistics:
             for name in names:
                 statistic = ALL_STATISTICS[name]
                 mine, theirs = layers[layer][name], tensors[name]
-                at = folds if statistic.per == "fold pair" else rows
+                at = folds if statistic.has_folds else rows
                 if statistic.merge == "weights":
                     mine.copy_(theirs)
                 elif statistic.merge == "sum":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tenp.adapter import Experts, experts_replaced
 from tenp.calibration import (
     Routed,
+    add_cross_moments,
     add_experts,
     begin,
     domain_sums,
@@ -42,8 +43,8 @@ from tenp.workdir import WorkDirectory
 Stream = Literal["none", "layers", "experts"]
 T = TypeVar("T")
 
-#: Layer to a function that reads the parameters of one expert.
-ExpertsReader = Callable[[int], Callable[[int], dict[str, Tensor]]]
+#: A layer and its statistics to a function that reads what one of its experts becomes.
+Successors = Callable[[int, LayerStatistics], Callable[[int], dict[str, Tensor]]]
 
 #: Experts read ahead while one computes; more would not be faster, because reads are sequential.
 READ_AHEAD = 2
@@ -98,8 +99,9 @@ class StreamedCalibration:
         storage: Room for activations.
         progress: Told of every batch or expert.
         group: The processes that share the work; this one alone if not given.
-        pruned: Reads the experts of a pruned checkpoint. With it every layer is measured on what the
-            pruned layers before it put out, dense as it is itself.
+        successors: Reads what experts become. With it every layer is measured, dense as it is itself,
+            on what the layers before it put out with their experts' successors.
+        against_dense: Also run the dense model, and add up how its neurons relate to those measured.
     """
 
     def __init__(
@@ -110,9 +112,10 @@ class StreamedCalibration:
         storage: Storage,
         progress: Progress | None = None,
         group: Group | None = None,
-        pruned: ExpertsReader | None = None,
+        successors: Successors | None = None,
+        against_dense: bool = False,
     ) -> None:
-        self._pruned = pruned
+        self._successors, self._against_dense = successors, against_dense
         self._group = group or Group()
         stretch = self._group.stretch([batch.tokens for batch in batches])
         batches = batches[stretch.start : stretch.stop]
@@ -120,7 +123,10 @@ class StreamedCalibration:
         self._model, self._batches, self._stream = model, batches, stream
         self._storage, self._progress = storage, progress
         self._device = model.device
-        self.hidden: list[Tensor] | None = None  # [B, n, H] of every batch: the next layer's input
+        # [B, n, H] of every batch: the next layer's input.
+        self.hidden: list[Tensor] | None = None
+        # The same in the dense model, once it is another.
+        self.dense: list[Tensor] | None = None
         self.last_layer = max(model.experts)  # nothing after it is measured
 
     def resume(self, work: WorkDirectory, statistics: Statistics) -> int:
@@ -140,13 +146,17 @@ class StreamedCalibration:
             self._report(layer, " was finished before", sum(b.tokens for b in self._batches))
         if 0 < first <= self.last_layer:
             facts = finished.facts["hidden"][work.rank]
-            self.hidden = self._room(getattr(torch, facts["dtype"]), facts["size"])
-            work.load_hidden(first, facts, self.hidden)
+            dtype, size = getattr(torch, facts["dtype"]), facts["size"]
+            self.hidden = self._room(dtype, size)
+            if facts["tensors"] > len(self.hidden):
+                self.dense = self._room(dtype, size)
+            work.load_hidden(first, facts, [*self.hidden, *(self.dense or [])])
         return first
 
     def save_layer(self, work: WorkDirectory, layer: int, sums: LayerStatistics | None) -> None:
         """Keep a layer that has just run: first the next layer's input, then what says it is there."""
-        hidden = work.save_hidden(layer + 1, self.hidden) if self.hidden else None
+        states = [*(self.hidden or []), *(self.dense or [])]
+        hidden = work.save_hidden(layer + 1, states) if states else None
         facts = {
             "returned": self._model.returned.get(layer, 0),
             "hidden": self._group.gather(hidden),
@@ -168,25 +178,28 @@ class StreamedCalibration:
             model.set_embeddings(torch.cat([batch.ids.flatten() for batch in self._batches]))
         model.load(layer)
         is_last = layer == self.last_layer
+        dense: list[Tensor] = []
         if sums is None:
-            outputs = self._forward(layer, None)
-        elif self._stream == "experts" or self._pruned is not None:
-            outputs = self._run_experts_apart(layer, sums, is_last)
+            outputs = self._forward(layer, self.hidden)
+            if self.dense is not None:
+                dense = self._forward(layer, self.dense)
+        elif self._stream == "experts" or self._successors is not None:
+            outputs, dense = self._run_experts_apart(layer, sums, is_last)
         else:
             model.load_experts(layer, model.expert_reader(layer))
             experts = model.experts[layer]
             note_weights(experts, sums)
             with model.cached(layer + 1):
-                outputs = self._forward(layer, self._measuring(experts, sums))
+                outputs = self._forward(layer, self.hidden, self._measuring(experts, sums))
             self._group.add_in_order(sums, self._take_contributions())
         if sums is not None:
             self._group.tell_all(sums)
         if is_last:
-            outputs = []
+            outputs, dense = [], []
         model.free(layer)
         if layer == 0:
             model.free_embeddings()
-        self.hidden = outputs or None
+        self.hidden, self.dense = outputs or None, dense or None
 
     def _sums(self, sums: LayerStatistics, batch: Batch) -> LayerStatistics:
         """Return what a batch adds to: the sums, or numbers of its own that are added in order later."""
@@ -202,25 +215,32 @@ class StreamedCalibration:
         return taken
 
     def _forward(
-        self, layer: int, experts: Callable[[int], Callable[..., Tensor]] | None
+        self,
+        layer: int,
+        hidden: list[Tensor] | None,
+        experts: Callable[[int], Callable[..., Tensor]] | None = None,
+        reports: bool = True,
     ) -> list[Tensor]:
         """Run all batches; `experts(batch)` gives the function that stands in for the experts."""
         outputs: list[Tensor] = []
         for number, batch in enumerate(self._batches):
             function = experts(number) if experts else _no_experts
             with experts_replaced(self._model.model, function):
-                result = self._run(layer, number)
+                result = self._run(layer, hidden, number)
             if not outputs:
                 outputs = self._room(result.dtype, result.shape[-1])
             outputs[number].copy_(result)
-            self._report(layer, "", batch.tokens)
+            if reports:
+                self._report(layer, "", batch.tokens)
         return outputs
 
-    def _run(self, layer: int, number: int) -> Tensor:
+    def _run(self, layer: int, hidden: list[Tensor] | None, number: int) -> Tensor:
         batch = self._batches[number]
-        hidden = None if self.hidden is None else self.hidden[number].to(self._device)
         return self._model.run(
-            layer, batch.ids.to(self._device), batch.mask.to(self._device), hidden
+            layer,
+            batch.ids.to(self._device),
+            batch.mask.to(self._device),
+            None if hidden is None else hidden[number].to(self._device),
         )
 
     def _measuring(
@@ -241,17 +261,52 @@ class StreamedCalibration:
 
         return of_batch
 
-    def _run_experts_apart(self, layer: int, sums: LayerStatistics, is_last: bool) -> list[Tensor]:
-        """Run a layer up to its experts, the experts one by one, and then the whole layer."""
+    def _run_experts_apart(
+        self, layer: int, sums: LayerStatistics, is_last: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run a layer up to its experts, the experts one by one, and then the whole layer.
+
+        Returns:
+            What the layer puts out, and what it does in the dense model if that is wanted.
+        """
         experts = self._model.experts[layer]
-        routed = self._record(layer, experts)
-        results = self._storage.allocate([batch.hidden.shape for batch in routed], torch.float32)
-        read = self._pair_reader(layer)
+        routed = self._record(layer, experts, self.hidden)
+        dense: list[Routed] = []
+        if self._against_dense:
+            dense = routed if self.dense is None else self._record(layer, experts, self.dense)
+        results = self._room_for_results(routed)
+        dense_results = self._room_for_results(dense)
+        self._measure(layer, sums, routed, None if self._successors else results, dense)
+        if self._successors is not None:
+            self._group.tell_all(sums)
+            if not is_last:
+                self._run_experts(experts, self._successors(layer, sums), routed, results)
+                if dense:
+                    read = self._model.expert_reader(layer)
+                    self._run_experts(experts, read, dense, dense_results)
+        del routed
+        if is_last:
+            return [], []
+        outputs = self._forward(layer, self.hidden, _returning(results), reports=False)
+        if not dense:
+            return outputs, []
+        before = self.hidden if self.dense is None else self.dense
+        return outputs, self._forward(layer, before, _returning(dense_results), reports=False)
+
+    def _measure(
+        self,
+        layer: int,
+        sums: LayerStatistics,
+        routed: Sequence[Routed],
+        results: list[Tensor] | None,
+        dense: Sequence[Routed],
+    ) -> None:
+        """Read every expert, add its statistics, and its output to the results if these are wanted."""
+        experts = self._model.experts[layer]
         count = experts.num_experts
         total = sum(batch.tokens for batch in self._batches)
-        for expert, (parameters, of_pruned) in enumerate(read_ahead(read, count)):
+        for expert, parameters in enumerate(read_ahead(self._model.expert_reader(layer), count)):
             one = self._alone(experts, parameters)
-            successor = None if of_pruned is None else self._alone(experts, of_pruned)
             note_weights(one, sums, first=expert)
             # Views, with the expert's axis after that of domains.
             of_one = {
@@ -259,52 +314,51 @@ class StreamedCalibration:
                 for name, tensor in sums.items()
                 if ALL_STATISTICS[name].merge != "weights"
             }
-            for batch, rows, result in zip(self._batches, routed, results, strict=True):
+            for number, (batch, rows) in enumerate(zip(self._batches, routed, strict=True)):
                 mine = self._sums(of_one, batch)
-                rows = dataclasses.replace(rows, hidden=rows.hidden.to(self._device))
-                out = result.to(self._device)
-                if successor is None:
+                rows = self._here(rows)
+                if results is None:
+                    out = torch.zeros(rows.hidden.shape, device=self._device)
                     add_experts(one, rows, mine, out, first=expert)
                 else:
-                    add_experts(one, rows, mine, torch.zeros_like(out), first=expert)
-                    run_expert(successor, rows, out, expert)
-                if out is not result:
-                    result.copy_(out)
+                    out = results[number].to(self._device)
+                    add_experts(one, rows, mine, out, first=expert)
+                    if out is not results[number]:
+                        results[number].copy_(out)
+                if dense:
+                    add_cross_moments(one, rows, self._here(dense[number]), mine, expert)
             self._group.add_in_order(of_one, self._take_contributions())
             done = total * (expert + 1) // count - total * expert // count
             self._report(layer, f", expert {expert + 1} of {count}", done)
-        del routed, rows
-        if is_last:
-            return []
 
-        def returning(number: int) -> Callable[..., Tensor]:
-            return lambda module, hidden, index, weights: (
-                results[number].to(hidden.device).to(hidden.dtype)
-            )
+    def _run_experts(
+        self,
+        experts: Experts,
+        read: Callable[[int], dict[str, Tensor]],
+        routed: Sequence[Routed],
+        results: list[Tensor],
+    ) -> None:
+        """Add what every expert, read one by one, puts out."""
+        for expert, parameters in enumerate(read_ahead(read, experts.num_experts)):
+            one = self._alone(experts, parameters)
+            for rows, result in zip(routed, results, strict=True):
+                out = result.to(self._device)
+                run_expert(one, self._here(rows), out, expert)
+                if out is not result:
+                    result.copy_(out)
 
-        outputs: list[Tensor] = []
-        for number in range(len(self._batches)):
-            with experts_replaced(self._model.model, returning(number)):
-                output = self._run(layer, number)
-            if not outputs:
-                outputs = self._room(output.dtype, output.shape[-1])
-            outputs[number].copy_(output)
-        return outputs
+    def _here(self, rows: Routed) -> Routed:
+        return dataclasses.replace(rows, hidden=rows.hidden.to(self._device))
+
+    def _room_for_results(self, routed: Sequence[Routed]) -> list[Tensor]:
+        return self._storage.allocate([rows.hidden.shape for rows in routed], torch.float32)
 
     def _alone(self, experts: Experts, parameters: dict[str, Tensor]) -> Experts:
         return experts.with_parameters(
             {name: value.to(self._device) for name, value in parameters.items()}
         )
 
-    def _pair_reader(
-        self, layer: int
-    ) -> Callable[[int], tuple[dict[str, Tensor], dict[str, Tensor] | None]]:
-        """Read an expert, and what it has become in the pruned checkpoint if there is one."""
-        dense = self._model.expert_reader(layer)
-        pruned = self._pruned(layer) if self._pruned is not None else None
-        return lambda expert: (dense(expert), pruned(expert) if pruned is not None else None)
-
-    def _record(self, layer: int, experts: Experts) -> list[Routed]:
+    def _record(self, layer: int, experts: Experts, hidden: list[Tensor] | None) -> list[Routed]:
         """Run a layer up to its experts on all batches and return what they would get."""
         recorded: list[Routed] = []
         inputs: list[Tensor] = []
@@ -317,7 +371,7 @@ class StreamedCalibration:
 
             try:
                 with experts_replaced(self._model.model, record):
-                    self._run(layer, number)
+                    self._run(layer, hidden, number)
             except _Recorded:
                 pass
             routed = recorded[number]
@@ -338,6 +392,17 @@ class StreamedCalibration:
 
 def _no_experts(module: nn.Module, *_: Any) -> Tensor:
     raise AssertionError("a layer without routed experts called some")
+
+
+def _returning(results: list[Tensor]) -> Callable[[int], Callable[..., Tensor]]:
+    """Batch to a function that stands in for the experts with what they have put out."""
+
+    def of_batch(number: int) -> Callable[..., Tensor]:
+        return lambda module, hidden, index, weights: (
+            results[number].to(hidden.device).to(hidden.dtype)
+        )
+
+    return of_batch
 
 
 def read_ahead(read: Callable[[int], T], count: int) -> Iterator[T]:
@@ -389,7 +454,8 @@ def collect(
     work: WorkDirectory | None = None,
     group: Group | None = None,
     second_moments: bool = False,
-    pruned: ExpertsReader | None = None,
+    successors: Successors | None = None,
+    against_dense: bool = False,
 ) -> Statistics:
     """Calibrate like `tenp.calibration.collect`, with the weights read layer by layer.
 
@@ -405,7 +471,8 @@ def collect(
         work: Keeps finished layers; those that it has already are not run again.
         group: The processes that share the batches; this one alone if not given.
         second_moments: As in calibration in memory.
-        pruned: As in `StreamedCalibration`.
+        successors: As in `StreamedCalibration`.
+        against_dense: As in `StreamedCalibration`; needs `second_moments`.
 
     Returns:
         The same bits as calibration in memory with the same dtype and batches, in every process.
@@ -414,7 +481,7 @@ def collect(
         CheckpointError: The checkpoint or the work directory is damaged, or a disk is full.
     """
     layers = list(model.experts.values())
-    samples, statistics = begin(layers, samples, source, settings, second_moments)
+    samples, statistics = begin(layers, samples, source, settings, second_moments, against_dense)
     run = StreamedCalibration(
         model,
         make_batches(samples, batch_tokens),
@@ -422,7 +489,8 @@ def collect(
         storage or Storage(),
         progress,
         group,
-        pruned,
+        successors,
+        against_dense,
     )
     first = run.resume(work, statistics) if work is not None else 0
     for layer in range(first, run.last_layer + 1):

@@ -185,7 +185,12 @@ class WorkDirectory:
                 "make room and run the same command again"
             ) from error
         dtype = str(hidden[0].dtype).removeprefix("torch.")
-        return {"dtype": dtype, "size": hidden[0].shape[-1], "sha256": digest.hexdigest()}
+        return {
+            "dtype": dtype,
+            "size": hidden[0].shape[-1],
+            "tensors": len(hidden),
+            "sha256": digest.hexdigest(),
+        }
 
     def load_hidden(self, layer: int, facts: Mapping[str, Any], hidden: Sequence[Tensor]) -> None:
         """Read hidden states into tensors of the right shapes.

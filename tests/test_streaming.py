@@ -12,18 +12,14 @@ from support.tiny_models import FAMILIES, make_samples, save_model
 from tenp import (
     adapter,
     calibration,
-    execution,
     memory,
-    planning,
     pruning,
-    scoring,
     streaming,
     verification,
 )
 from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError
 from tenp.layerwise import LayerwiseModel
-from tenp.planning import Budget
 from tenp.reading import Reader
 from tenp.storage import Storage
 
@@ -39,38 +35,6 @@ def test_streamed_statistics_are_those_of_a_run_in_memory(family: str, tmp_path:
         layerwise = LayerwiseModel(Reader(checkpoint), torch.float32)
         streamed = streaming.collect(layerwise, samples, source, batch_tokens=100, stream=stream)
         assert streamed.digest() == expected.digest()
-
-
-def test_sequential_calibration_measures_on_what_pruned_layers_put_out(tmp_path: Path) -> None:
-    for family in ("qwen2_moe", "gpt_oss"):
-        checkpoint = Checkpoint(save_model(tmp_path / family, family))
-        source = pruning.source_of(checkpoint)
-        samples = [make_samples("prose", seed=0)]
-        dense = streaming.collect(
-            LayerwiseModel(Reader(checkpoint), torch.float32), samples, source
-        )
-        decided = planning.plan(scoring.score(dense), dense, Budget(0.5, width_multiple=1))
-        directory = tmp_path / f"{family}-pruned"
-        pruning.apply(checkpoint, decided, directory)
-
-        # In memory: the pruned layers before a layer, silenced in the dense model.
-        model = adapter.load_model(checkpoint.directory, torch.float32)
-        layers = adapter.find_experts(model)
-        expected = {}
-        for experts in layers:
-            measured = calibration.collect(model, samples, source, batch_tokens=4096)
-            expected[experts.layer] = measured.layers[experts.layer]["norm_sum"]
-            experts.down.mul_(decided.keep[experts.layer].unsqueeze(1))
-
-        layerwise = LayerwiseModel(Reader(checkpoint), torch.float32)
-        reader, _ = execution._pruned_experts(layerwise, source, directory)
-        found = streaming.collect(layerwise, samples, source, pruned=reader)
-        first = min(expected)
-        assert torch.equal(found.layers[first]["norm_sum"], dense.layers[first]["norm_sum"])
-        for layer, norms in expected.items():
-            assert torch.allclose(found.layers[layer]["norm_sum"], norms, rtol=1e-4)
-            if layer != first:
-                assert not torch.allclose(norms, dense.layers[layer]["norm_sum"], rtol=1e-2)
 
 
 def test_a_model_pruned_from_another_is_refused(

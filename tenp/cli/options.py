@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from tenp import sequential as sequential_run
 from tenp.dern import Options
 from tenp.errors import InvalidArgument
 from tenp.execution import Execution
@@ -135,14 +136,23 @@ def execution(
     offload: OffloadName | None,
     work_dir: Path | None,
     pruned: Path | None = None,
+    sequential: bool = False,
+    against_dense: bool = False,
 ) -> Execution:
-    """Return the options that say how a calibration is carried out."""
+    """Return the options that say how a calibration is carried out.
+
+    Raises:
+        InvalidArgument: They contradict each other.
+    """
+    if against_dense and not sequential:
+        raise InvalidArgument("--against-dense needs --sequential, got it alone")
     return Execution(
         stream.value if stream else None,
         parse_bytes(memory) if memory else None,
         offload.value if offload else None,
         work_dir,
         pruned,
+        sequential_run.Options(against_dense) if sequential else None,
     )
 
 
@@ -343,6 +353,20 @@ Weights = Annotated[
     WeightsName,
     typer.Option(
         help="keep: the experts' weights stay in their dtype. int8: 8 bits and a scale per neuron."
+    ),
+]
+Sequential = Annotated[
+    bool,
+    typer.Option(
+        "--sequential",
+        help="Choose and refit the neurons of every layer on what the layers before it, pruned already, put out.",
+    ),
+]
+AgainstDense = Annotated[
+    bool,
+    typer.Option(
+        "--against-dense",
+        help="With --sequential: refit to what the dense model's experts put out.",
     ),
 ]
 Verify = Annotated[

@@ -53,6 +53,8 @@ def command(
     memory: options.Memory = None,
     offload: options.Offload = None,
     work_dir: options.WorkDir = None,
+    sequential: options.Sequential = False,
+    against_dense: options.AgainstDense = False,
     verify: options.Verify = True,
     dry_run: options.DryRun = False,
     json: options.Json = False,
@@ -73,7 +75,7 @@ def command(
         dtype,
         device,
         self_generate,
-        options.execution(stream, memory, offload, work_dir),
+        options.execution(stream, memory, offload, work_dir, None, sequential, against_dense),
         second_pass=second_pass,
     )
     is_first = Group.from_environment().rank == 0
