@@ -48,6 +48,8 @@ MODELS_PAGE = Path(__file__).parents[1] / "docs/models.md"
 def test_what_cannot_be_served_is_refused_before_any_weight_is_read(model_type: str) -> None:
     if model_type not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {model_type}")
+    if model_type == "dbrx" and transformers.__version__.startswith("5.17."):
+        pytest.skip("this transformers refuses to make the config from its own dictionary")
     config = next(tiny_configs(model_type))()
     with pytest.raises(Unsupported, match=REFUSED[model_type]):
         adapter.find_experts(adapter.empty_model(config))
