@@ -20,8 +20,11 @@ using tenp::bindings::Borrowed;
 
 namespace {
 
-tenp::Stream as_stream(std::uintptr_t stream) {
-    return reinterpret_cast<tenp::Stream>(stream);
+/// Runs an op. What the arguments borrow is given back by the caller, at the end of its statement.
+template <typename Args>
+void without_gil(void (*op)(const Args&, tenp::Stream), const Args& args, std::uintptr_t stream) {
+    const py::gil_scoped_release release;
+    op(args, reinterpret_cast<tenp::Stream>(stream));
 }
 
 tenp::Activation activation_of(const std::string& op, const std::string& name) {
@@ -65,20 +68,17 @@ void route(
     std::uintptr_t stream
 ) {
     const char* op = "route";
-    const Borrowed ids(op, "expert_ids", expert_ids);
-    const Borrowed offsets_(op, "offsets", offsets);
-    const Borrowed slots_(op, "slots", slots);
-    const Borrowed rows_(op, "rows", rows);
-    const Borrowed workspace_(op, "workspace", workspace);
-    const tenp::RoutingArgs args{
-        .expert_ids = ids.view(),
-        .offsets = offsets_.view(),
-        .slots = slots_.view(),
-        .rows = rows_.view(),
-        .workspace = workspace_.view(),
-    };
-    const py::gil_scoped_release release;
-    tenp::route(args, as_stream(stream));
+    without_gil(
+        tenp::route,
+        tenp::RoutingArgs{
+            .expert_ids = Borrowed(op, "expert_ids", expert_ids).view(),
+            .offsets = Borrowed(op, "offsets", offsets).view(),
+            .slots = Borrowed(op, "slots", slots).view(),
+            .rows = Borrowed(op, "rows", rows).view(),
+            .workspace = Borrowed(op, "workspace", workspace).view(),
+        },
+        stream
+    );
 }
 
 void tile_table(
@@ -91,20 +91,18 @@ void tile_table(
     std::uintptr_t stream
 ) {
     const char* op = "tile_table";
-    const Borrowed offsets_(op, "offsets", offsets);
-    const Borrowed widths_(op, "widths", widths);
-    const Borrowed tiles_(op, "tiles", tiles);
-    const Borrowed count_(op, "count", count);
-    const tenp::TileTableArgs args{
-        .offsets = offsets_.view(),
-        .widths = widths_.view(),
-        .tiles = tiles_.view(),
-        .count = count_.view(),
-        .tile_rows = tile_rows,
-        .tile_neurons = tile_neurons,
-    };
-    const py::gil_scoped_release release;
-    tenp::tile_table(args, as_stream(stream));
+    without_gil(
+        tenp::tile_table,
+        tenp::TileTableArgs{
+            .offsets = Borrowed(op, "offsets", offsets).view(),
+            .widths = Borrowed(op, "widths", widths).view(),
+            .tiles = Borrowed(op, "tiles", tiles).view(),
+            .count = Borrowed(op, "count", count).view(),
+            .tile_rows = tile_rows,
+            .tile_neurons = tile_neurons,
+        },
+        stream
+    );
 }
 
 void accumulate_activation_stats(
@@ -120,28 +118,21 @@ void accumulate_activation_stats(
     std::uintptr_t stream
 ) {
     const char* op = "accumulate_activation_stats";
-    const Borrowed outputs_(op, "outputs", outputs);
-    const Borrowed gates_(op, "gates", gates);
-    const Borrowed offsets_(op, "offsets", offsets);
-    const Borrowed counts_(op, "counts", counts);
-    const Borrowed gate_sum_(op, "gate_sum", gate_sum);
-    const Borrowed norm_sum_(op, "norm_sum", norm_sum);
-    const Borrowed gated_norm_sum_(op, "gated_norm_sum", gated_norm_sum);
-    const Borrowed norm_max_(op, "norm_max", norm_max);
-    const Borrowed workspace_(op, "workspace", workspace);
-    const tenp::ActivationStatsArgs args{
-        .outputs = outputs_.view(),
-        .gates = gates_.view(),
-        .offsets = offsets_.view(),
-        .counts = counts_.view(),
-        .gate_sum = gate_sum_.view(),
-        .norm_sum = norm_sum_.view(),
-        .gated_norm_sum = gated_norm_sum_.view(),
-        .norm_max = norm_max_.view(),
-        .workspace = workspace_.view(),
-    };
-    const py::gil_scoped_release release;
-    tenp::accumulate_activation_stats(args, as_stream(stream));
+    without_gil(
+        tenp::accumulate_activation_stats,
+        tenp::ActivationStatsArgs{
+            .outputs = Borrowed(op, "outputs", outputs).view(),
+            .gates = Borrowed(op, "gates", gates).view(),
+            .offsets = Borrowed(op, "offsets", offsets).view(),
+            .counts = Borrowed(op, "counts", counts).view(),
+            .gate_sum = Borrowed(op, "gate_sum", gate_sum).view(),
+            .norm_sum = Borrowed(op, "norm_sum", norm_sum).view(),
+            .gated_norm_sum = Borrowed(op, "gated_norm_sum", gated_norm_sum).view(),
+            .norm_max = Borrowed(op, "norm_max", norm_max).view(),
+            .workspace = Borrowed(op, "workspace", workspace).view(),
+        },
+        stream
+    );
 }
 
 void accumulate_direction_change(
@@ -155,24 +146,19 @@ void accumulate_direction_change(
     std::uintptr_t stream
 ) {
     const char* op = "accumulate_direction_change";
-    const Borrowed hidden_(op, "hidden", hidden);
-    const Borrowed outputs_(op, "outputs", outputs);
-    const Borrowed tokens_(op, "tokens", tokens);
-    const Borrowed gates_(op, "gates", gates);
-    const Borrowed offsets_(op, "offsets", offsets);
-    const Borrowed direction_change_(op, "direction_change", direction_change);
-    const Borrowed workspace_(op, "workspace", workspace);
-    const tenp::DirectionChangeArgs args{
-        .hidden = hidden_.view(),
-        .outputs = outputs_.view(),
-        .tokens = tokens_.view(),
-        .gates = gates_.view(),
-        .offsets = offsets_.view(),
-        .direction_change = direction_change_.view(),
-        .workspace = workspace_.view(),
-    };
-    const py::gil_scoped_release release;
-    tenp::accumulate_direction_change(args, as_stream(stream));
+    without_gil(
+        tenp::accumulate_direction_change,
+        tenp::DirectionChangeArgs{
+            .hidden = Borrowed(op, "hidden", hidden).view(),
+            .outputs = Borrowed(op, "outputs", outputs).view(),
+            .tokens = Borrowed(op, "tokens", tokens).view(),
+            .gates = Borrowed(op, "gates", gates).view(),
+            .offsets = Borrowed(op, "offsets", offsets).view(),
+            .direction_change = Borrowed(op, "direction_change", direction_change).view(),
+            .workspace = Borrowed(op, "workspace", workspace).view(),
+        },
+        stream
+    );
 }
 
 void accumulate_neuron_contribution(
@@ -189,30 +175,22 @@ void accumulate_neuron_contribution(
     std::uintptr_t stream
 ) {
     const char* op = "accumulate_neuron_contribution";
-    const Borrowed activations_(op, "activations", activations);
-    const Borrowed outputs_(op, "outputs", outputs);
-    const Borrowed down_(op, "down", down);
-    const Borrowed gates_(op, "gates", gates);
-    const Borrowed offsets_(op, "offsets", offsets);
-    const Borrowed projection_(op, "projection", projection);
-    const Borrowed magnitude_(op, "magnitude", magnitude);
-    const Borrowed energy_(op, "energy", energy);
-    const Borrowed peak_(op, "peak", peak);
-    const Borrowed workspace_(op, "workspace", workspace);
-    const tenp::NeuronContributionArgs args{
-        .activations = activations_.view(),
-        .outputs = outputs_.view(),
-        .down = down_.view(),
-        .gates = gates_.view(),
-        .offsets = offsets_.view(),
-        .projection = projection_.view(),
-        .magnitude = magnitude_.view(),
-        .energy = energy_.view(),
-        .peak = peak_.view(),
-        .workspace = workspace_.view(),
-    };
-    const py::gil_scoped_release release;
-    tenp::accumulate_neuron_contribution(args, as_stream(stream));
+    without_gil(
+        tenp::accumulate_neuron_contribution,
+        tenp::NeuronContributionArgs{
+            .activations = Borrowed(op, "activations", activations).view(),
+            .outputs = Borrowed(op, "outputs", outputs).view(),
+            .down = Borrowed(op, "down", down).view(),
+            .gates = Borrowed(op, "gates", gates).view(),
+            .offsets = Borrowed(op, "offsets", offsets).view(),
+            .projection = Borrowed(op, "projection", projection).view(),
+            .magnitude = Borrowed(op, "magnitude", magnitude).view(),
+            .energy = Borrowed(op, "energy", energy).view(),
+            .peak = Borrowed(op, "peak", peak).view(),
+            .workspace = Borrowed(op, "workspace", workspace).view(),
+        },
+        stream
+    );
 }
 
 void accumulate_second_moment(
@@ -224,19 +202,17 @@ void accumulate_second_moment(
     std::uintptr_t stream
 ) {
     const char* op = "accumulate_second_moment";
-    const Borrowed activations_(op, "activations", activations);
-    const Borrowed gates_(op, "gates", gates);
-    const Borrowed offsets_(op, "offsets", offsets);
-    const Borrowed second_moment_(op, "second_moment", second_moment);
-    const tenp::SecondMomentArgs args{
-        .activations = activations_.view(),
-        .gates = gates_.view(),
-        .offsets = offsets_.view(),
-        .second_moment = second_moment_.view(),
-        .has_bias = has_bias,
-    };
-    const py::gil_scoped_release release;
-    tenp::accumulate_second_moment(args, as_stream(stream));
+    without_gil(
+        tenp::accumulate_second_moment,
+        tenp::SecondMomentArgs{
+            .activations = Borrowed(op, "activations", activations).view(),
+            .gates = Borrowed(op, "gates", gates).view(),
+            .offsets = Borrowed(op, "offsets", offsets).view(),
+            .second_moment = Borrowed(op, "second_moment", second_moment).view(),
+            .has_bias = has_bias,
+        },
+        stream
+    );
 }
 
 void expert_activations(
@@ -256,32 +232,25 @@ void expert_activations(
     std::uintptr_t stream
 ) {
     const char* op = "expert_activations";
-    const Borrowed hidden_(op, "hidden", hidden);
-    const Borrowed offsets_(op, "offsets", offsets);
-    const Borrowed slots_(op, "slots", slots);
-    const Borrowed gate_(op, "gate", gate);
-    const Borrowed up_(op, "up", up);
-    const Borrowed gate_bias_(op, "gate_bias", gate_bias);
-    const Borrowed up_bias_(op, "up_bias", up_bias);
-    const Borrowed activations_(op, "activations", activations);
-    const Borrowed workspace_(op, "workspace", workspace);
-    const tenp::ExpertActivationsArgs args{
-        .hidden = hidden_.view(),
-        .offsets = offsets_.view(),
-        .slots = slots_.view(),
-        .gate = gate_.view(),
-        .up = up_.view(),
-        .gate_bias = gate_bias_.view(),
-        .up_bias = up_bias_.view(),
-        .per_token = per_token,
-        .activation = activation_of(op, activation),
-        .limit = limit,
-        .alpha = alpha,
-        .activations = activations_.view(),
-        .workspace = workspace_.view(),
-    };
-    const py::gil_scoped_release release;
-    tenp::expert_activations(args, as_stream(stream));
+    without_gil(
+        tenp::expert_activations,
+        tenp::ExpertActivationsArgs{
+            .hidden = Borrowed(op, "hidden", hidden).view(),
+            .offsets = Borrowed(op, "offsets", offsets).view(),
+            .slots = Borrowed(op, "slots", slots).view(),
+            .gate = Borrowed(op, "gate", gate).view(),
+            .up = Borrowed(op, "up", up).view(),
+            .gate_bias = Borrowed(op, "gate_bias", gate_bias).view(),
+            .up_bias = Borrowed(op, "up_bias", up_bias).view(),
+            .per_token = per_token,
+            .activation = activation_of(op, activation),
+            .limit = limit,
+            .alpha = alpha,
+            .activations = Borrowed(op, "activations", activations).view(),
+            .workspace = Borrowed(op, "workspace", workspace).view(),
+        },
+        stream
+    );
 }
 
 void expert_statistics(
@@ -310,54 +279,34 @@ void expert_statistics(
     std::uintptr_t stream
 ) {
     const char* op = "expert_statistics";
-    const Borrowed hidden_(op, "hidden", hidden);
-    const Borrowed activations_(op, "activations", activations);
-    const Borrowed down_(op, "down", down);
-    const Borrowed down_bias_(op, "down_bias", down_bias);
-    const Borrowed offsets_(op, "offsets", offsets);
-    const Borrowed slots_(op, "slots", slots);
-    const Borrowed rows_(op, "rows", rows);
-    const Borrowed gates_(op, "gates", gates);
-    const Borrowed out_(op, "out", out);
-    const Borrowed counts_(op, "counts", counts);
-    const Borrowed gate_sum_(op, "gate_sum", gate_sum);
-    const Borrowed normalized_gate_sum_(op, "normalized_gate_sum", normalized_gate_sum);
-    const Borrowed norm_sum_(op, "norm_sum", norm_sum);
-    const Borrowed gated_norm_sum_(op, "gated_norm_sum", gated_norm_sum);
-    const Borrowed norm_max_(op, "norm_max", norm_max);
-    const Borrowed direction_change_(op, "direction_change", direction_change);
-    const Borrowed input_energy_(op, "input_energy", input_energy);
-    const Borrowed projection_(op, "projection", projection);
-    const Borrowed magnitude_(op, "magnitude", magnitude);
-    const Borrowed energy_(op, "energy", energy);
-    const Borrowed peak_(op, "peak", peak);
-    const Borrowed workspace_(op, "workspace", workspace);
-    const tenp::ExpertStatisticsArgs args{
-        .hidden = hidden_.view(),
-        .activations = activations_.view(),
-        .down = down_.view(),
-        .down_bias = down_bias_.view(),
-        .offsets = offsets_.view(),
-        .slots = slots_.view(),
-        .rows = rows_.view(),
-        .gates = gates_.view(),
-        .out = out_.view(),
-        .counts = counts_.view(),
-        .gate_sum = gate_sum_.view(),
-        .normalized_gate_sum = normalized_gate_sum_.view(),
-        .norm_sum = norm_sum_.view(),
-        .gated_norm_sum = gated_norm_sum_.view(),
-        .norm_max = norm_max_.view(),
-        .direction_change = direction_change_.view(),
-        .input_energy = input_energy_.view(),
-        .projection = projection_.view(),
-        .magnitude = magnitude_.view(),
-        .energy = energy_.view(),
-        .peak = peak_.view(),
-        .workspace = workspace_.view(),
-    };
-    const py::gil_scoped_release release;
-    tenp::expert_statistics(args, as_stream(stream));
+    without_gil(
+        tenp::expert_statistics,
+        tenp::ExpertStatisticsArgs{
+            .hidden = Borrowed(op, "hidden", hidden).view(),
+            .activations = Borrowed(op, "activations", activations).view(),
+            .down = Borrowed(op, "down", down).view(),
+            .down_bias = Borrowed(op, "down_bias", down_bias).view(),
+            .offsets = Borrowed(op, "offsets", offsets).view(),
+            .slots = Borrowed(op, "slots", slots).view(),
+            .rows = Borrowed(op, "rows", rows).view(),
+            .gates = Borrowed(op, "gates", gates).view(),
+            .out = Borrowed(op, "out", out).view(),
+            .counts = Borrowed(op, "counts", counts).view(),
+            .gate_sum = Borrowed(op, "gate_sum", gate_sum).view(),
+            .normalized_gate_sum = Borrowed(op, "normalized_gate_sum", normalized_gate_sum).view(),
+            .norm_sum = Borrowed(op, "norm_sum", norm_sum).view(),
+            .gated_norm_sum = Borrowed(op, "gated_norm_sum", gated_norm_sum).view(),
+            .norm_max = Borrowed(op, "norm_max", norm_max).view(),
+            .direction_change = Borrowed(op, "direction_change", direction_change).view(),
+            .input_energy = Borrowed(op, "input_energy", input_energy).view(),
+            .projection = Borrowed(op, "projection", projection).view(),
+            .magnitude = Borrowed(op, "magnitude", magnitude).view(),
+            .energy = Borrowed(op, "energy", energy).view(),
+            .peak = Borrowed(op, "peak", peak).view(),
+            .workspace = Borrowed(op, "workspace", workspace).view(),
+        },
+        stream
+    );
 }
 
 void expert_gemm(
@@ -383,42 +332,31 @@ void expert_gemm(
     std::uintptr_t stream
 ) {
     const char* op = "expert_gemm";
-    const Borrowed hidden_(op, "hidden", hidden);
-    const Borrowed expert_ids_(op, "expert_ids", expert_ids);
-    const Borrowed gates_(op, "gates", gates);
-    const Borrowed gate_up_(op, "gate_up", gate_up);
-    const Borrowed down_(op, "down", down);
-    const Borrowed widths_(op, "widths", widths);
-    const Borrowed neuron_offsets_(op, "neuron_offsets", neuron_offsets);
-    const Borrowed gate_up_bias_(op, "gate_up_bias", gate_up_bias);
-    const Borrowed down_bias_(op, "down_bias", down_bias);
-    const Borrowed gate_up_scale_(op, "gate_up_scale", gate_up_scale);
-    const Borrowed down_scale_(op, "down_scale", down_scale);
-    const Borrowed out_(op, "out", out);
-    const Borrowed workspace_(op, "workspace", workspace);
-    const tenp::ExpertGemmArgs args{
-        .hidden = hidden_.view(),
-        .expert_ids = expert_ids_.view(),
-        .gates = gates_.view(),
-        .gate_up = gate_up_.view(),
-        .down = down_.view(),
-        .widths = widths_.view(),
-        .neuron_offsets = neuron_offsets_.view(),
-        .gate_up_bias = gate_up_bias_.view(),
-        .down_bias = down_bias_.view(),
-        .gate_up_scale = gate_up_scale_.view(),
-        .down_scale = down_scale_.view(),
-        .activation = activation_of(op, activation),
-        .gated = gated,
-        .limit = limit,
-        .alpha = alpha,
-        .max_width = max_width,
-        .allow_tf32 = allow_tf32,
-        .out = out_.view(),
-        .workspace = workspace_.view(),
-    };
-    const py::gil_scoped_release release;
-    tenp::expert_gemm(args, as_stream(stream));
+    without_gil(
+        tenp::expert_gemm,
+        tenp::ExpertGemmArgs{
+            .hidden = Borrowed(op, "hidden", hidden).view(),
+            .expert_ids = Borrowed(op, "expert_ids", expert_ids).view(),
+            .gates = Borrowed(op, "gates", gates).view(),
+            .gate_up = Borrowed(op, "gate_up", gate_up).view(),
+            .down = Borrowed(op, "down", down).view(),
+            .widths = Borrowed(op, "widths", widths).view(),
+            .neuron_offsets = Borrowed(op, "neuron_offsets", neuron_offsets).view(),
+            .gate_up_bias = Borrowed(op, "gate_up_bias", gate_up_bias).view(),
+            .down_bias = Borrowed(op, "down_bias", down_bias).view(),
+            .gate_up_scale = Borrowed(op, "gate_up_scale", gate_up_scale).view(),
+            .down_scale = Borrowed(op, "down_scale", down_scale).view(),
+            .activation = activation_of(op, activation),
+            .gated = gated,
+            .limit = limit,
+            .alpha = alpha,
+            .max_width = max_width,
+            .allow_tf32 = allow_tf32,
+            .out = Borrowed(op, "out", out).view(),
+            .workspace = Borrowed(op, "workspace", workspace).view(),
+        },
+        stream
+    );
 }
 
 // ---- errors -----------------------------------------------------------------------------------
