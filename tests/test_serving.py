@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tenp.errors import CheckpointError, Unsupported
-from tenp.serving.experts import ServedExperts, decoder_layer, layer_widths
+from tenp.serving.config import ServedConfig, decoder_layer
+from tenp.serving.experts import ServedExperts
 
 HIDDEN = 32
 WIDTHS = [24, 0, 7, 16]
@@ -135,11 +136,11 @@ def test_what_cannot_be_served_is_refused() -> None:
 
 def test_the_widths_of_a_config() -> None:
     config = {"quant_method": "tenp", "version": 1, "widths": {"3": "24,0,7,16"}}
-    assert layer_widths(config) == {3: WIDTHS}
+    assert ServedConfig.from_config(config).widths == {3: WIDTHS}
     with pytest.raises(CheckpointError, match="format version 1, got 9"):
-        layer_widths({**config, "version": 9})
+        ServedConfig.from_config({**config, "version": 9})
     with pytest.raises(Unsupported, match="floating-point weights to be served, got int8"):
-        layer_widths({**config, "version": 2, "weights": "int8"})
+        ServedConfig.from_config({**config, "version": 2, "weights": "int8"})
 
 
 @pytest.mark.parametrize(

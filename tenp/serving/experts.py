@@ -8,7 +8,7 @@ these parameters: packed (docs/architecture.md, "Packed layout"), and filled by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,46 +17,12 @@ from torch import Tensor, nn
 from tenp.errors import CheckpointError, Unsupported
 from tenp.ops.expert_gemm import expert_gemm
 from tenp.ops.expert_layout import neuron_offsets
-from tenp.runtime.loading import TenpConfig
 
 #: Activations that servers name as `expert_gemm` does.
 _ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 
 #: How servers name an expert's gate, down and up matrix. Without a gate, w1 is the up matrix.
 _GATED_SHARDS = frozenset({"w1", "w2", "w3"})
-
-
-def layer_widths(config: Mapping[str, Any]) -> dict[int, list[int]]:
-    """Return decoder layer to the widths of its experts.
-
-    Args:
-        config: The `quantization_config` of config.json.
-
-    Raises:
-        Unsupported: The weights are int8.
-        CheckpointError: The config is not one of this format.
-    """
-    read = TenpConfig(**config)
-    if read.is_int8:
-        raise Unsupported(
-            "experts must have floating-point weights to be served, got int8; "
-            "apply the plan again without --weights int8"
-        )
-    return read.layer_widths()
-
-
-def decoder_layer(prefix: str) -> int | None:
-    """Return the decoder layer that a module's path names, or None for a layer of a draft model.
-
-    Example:
-        >>> decoder_layer("language_model.model.layers.3.mlp.experts")
-        3
-    """
-    parts = prefix.split(".")
-    # Multi-token prediction heads count their own layers from 0, and pruning leaves them alone.
-    if "mtp" in parts:
-        return None
-    return next((int(part) for part in parts if part.isdigit()), None)
 
 
 class ServedExperts:

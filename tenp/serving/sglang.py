@@ -21,7 +21,8 @@ from sglang.srt.runtime_context import get_exec, get_server_args
 from torch import Tensor
 
 from tenp.errors import CheckpointError, Unsupported
-from tenp.serving.experts import ServedExperts, decoder_layer, layer_widths
+from tenp.serving.config import ServedConfig, decoder_layer
+from tenp.serving.experts import ServedExperts
 
 
 def register() -> None:
@@ -30,41 +31,8 @@ def register() -> None:
     quantization.CPU_QUANTIZATION_METHODS["tenp"] = TenpSglangConfig
 
 
-class TenpSglangConfig(QuantizationConfig):
+class TenpSglangConfig(ServedConfig, QuantizationConfig):
     """Gives the pruned layers tenp's experts, and all else what an unquantized model has."""
-
-    def __init__(self, widths: dict[int, list[int]]) -> None:
-        """Args: widths: decoder layer to the widths of its experts."""
-        super().__init__()
-        self.widths = widths
-
-    def get_name(self) -> str:
-        """The method's name."""
-        return "tenp"
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """What `expert_gemm` takes."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """The CUDA kernels are for sm_80 and later."""
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """All is in config.json."""
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> TenpSglangConfig:
-        """Read the `quantization_config` of config.json.
-
-        Raises:
-            Unsupported: The weights are int8.
-            CheckpointError: It is not one of this format.
-        """
-        return cls(layer_widths(config))
 
     def get_scaled_act_names(self) -> list[str]:
         """No activation is scaled."""

@@ -18,7 +18,7 @@ from vllm.model_executor.layers.quantization import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from tenp.serving.experts import decoder_layer, layer_widths
+from tenp.serving.config import ServedConfig, decoder_layer
 
 
 def register() -> None:
@@ -27,41 +27,8 @@ def register() -> None:
         register_quantization_config("tenp")(TenpVllmConfig)
 
 
-class TenpVllmConfig(QuantizationConfig):
+class TenpVllmConfig(ServedConfig, QuantizationConfig):
     """Gives the pruned layers tenp's experts, and all else what an unquantized model has."""
-
-    def __init__(self, widths: dict[int, list[int]]) -> None:
-        """Args: widths: decoder layer to the widths of its experts."""
-        super().__init__()
-        self.widths = widths
-
-    def get_name(self) -> str:
-        """The method's name."""
-        return "tenp"
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """What `expert_gemm` takes."""
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        """The CUDA kernels are for sm_80 and later."""
-        return 80
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """All is in config.json."""
-        return []
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> TenpVllmConfig:
-        """Read the `quantization_config` of config.json.
-
-        Raises:
-            Unsupported: The weights are int8.
-            CheckpointError: It is not one of this format.
-        """
-        return cls(layer_widths(config))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """Return what computes a layer; None leaves it to vLLM."""
