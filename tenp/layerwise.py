@@ -22,10 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
-    rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 
@@ -99,7 +96,7 @@ class LayerwiseModel:
         # "model.layers" of "model.layers.3.mlp.experts"
         self._path = found[0].name.split(f".{found[0].layer}.")[0]
         self.layers: Any = self.model.get_submodule(self._path)
-        self._targets = self._target_names()
+        self._targets = adapter.model_names(self.model, reader.checkpoint.tensors)
         self._expert_names = adapter.expert_tensors(self.model, reader.checkpoint.tensors)
         self._returned: dict[int, int] = {}  # layer: how many values it returns, 0 for no tuple
         self._load_rest()
@@ -111,19 +108,6 @@ class LayerwiseModel:
     def checkpoint(self) -> Checkpoint:
         """Where the weights are read from."""
         return self._reader.checkpoint
-
-    @property
-    def experts_per_token(self) -> int:
-        """How many experts the router chooses."""
-        config = self.model.config.get_text_config()
-        names = (
-            "num_experts_per_tok",
-            "moe_k",
-            "top_k_experts",
-            "moe_top_k",
-            "num_experts_per_token",
-        )
-        return int(next((getattr(config, n) for n in names if getattr(config, n, None)), 8))
 
     def stored_bytes(self, name: str) -> int:
         """Return the bytes of a tensor of the checkpoint; of one expert's part if it holds all."""
@@ -306,17 +290,6 @@ class LayerwiseModel:
             return (hidden, *[None] * (values - 1)) if values else hidden
 
         return forward
-
-    def _target_names(self) -> dict[str, str]:
-        transforms = get_model_conversion_mapping(self.model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        parameters = self.model.state_dict()
-        prefix = self.model.base_model_prefix
-        return {
-            name: rename_source_key(name, renamings, converters, prefix, parameters)[0]
-            for name in self._reader.checkpoint.tensors
-        }
 
     def _load_rest(self) -> None:
         """Load what is outside the layers, but no embeddings and no head."""

@@ -17,7 +17,7 @@ from math import ceil
 
 import torch
 
-from tenp import moments
+from tenp import adapter, moments
 from tenp.errors import InvalidArgument
 from tenp.layerwise import LayerwiseModel
 from tenp.samples import Samples
@@ -211,7 +211,7 @@ def _batch_bytes(model: LayerwiseModel, setup: Setup, batch: int, longest: int, 
     one = batch * ((3 * width + 3 * hidden) * size + 16 * hidden)
     routed = one + batch * hidden * 8  # the sum of outputs, and its copy in the model's dtype
     if setup.stream == "layers":
-        chosen = model.experts_per_token
+        chosen = adapter.experts_per_token(model.model.config)
         routed += batch * chosen * (width + hidden) * size
     return max(own, routed + 4 * batch * hidden * size)
 
