@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -197,6 +198,18 @@ def dern(threshold: float, init: DernInitName, weighted: bool) -> Options:
     return Options(threshold=threshold, init=init.value, weighted=weighted)
 
 
+def _panel(title: str) -> Any:
+    """An option that `--help` shows under a title of its own."""
+    return functools.partial(typer.Option, rich_help_panel=title)
+
+
+_trapezoid = _panel("Shape of the plan")
+_criteria = _panel("How experts and neurons are chosen")
+_best = _panel("Method best")
+_dern = _panel("Method dern")
+_running = _panel("How the model runs")
+_memory = _panel("Memory, and runs that go on after a stop")
+
 Model = Annotated[
     str,
     typer.Argument(metavar="MODEL", help="Checkpoint directory, or a model name on the Hub."),
@@ -220,51 +233,47 @@ Method = Annotated[
 ]
 Alpha = Annotated[
     float | None,
-    typer.Option(help="Share of experts kept whole.", show_default="keep / 2"),
+    _trapezoid(help="Share of experts kept whole.", show_default="keep / 2"),
 ]
-Shallow = Annotated[float, typer.Option(help="Weight of the first MoE layer in the trapezoid.")]
-Deep = Annotated[float, typer.Option(help="Weight of the last MoE layer in the trapezoid.")]
+Shallow = Annotated[float, _trapezoid(help="Weight of the first MoE layer in the trapezoid.")]
+Deep = Annotated[float, _trapezoid(help="Weight of the last MoE layer in the trapezoid.")]
 WidthMultiple = Annotated[
     int | None,
-    typer.Option(help="Widths are multiples of this.", show_default="64, less for narrow experts"),
+    _trapezoid(help="Widths are multiples of this.", show_default="64, less for narrow experts"),
 ]
-Neurons = Annotated[NeuronCriterionName, typer.Option(help="How neurons are scored.")]
+Neurons = Annotated[NeuronCriterionName, _criteria(help="How neurons are scored.")]
 Experts = Annotated[
     ExpertCriterionName | None,
-    typer.Option(
+    _criteria(
         help="How experts are scored.",
         show_default="direction-change; normalized-gating-score for dern",
     ),
 ]
 Activated = Annotated[
     float | None,
-    typer.Option(help="For best: share of activated routed parameters to keep at most, 0..1."),
+    _best(help="Share of activated routed parameters to keep at most, 0..1."),
 ]
 Repair = Annotated[
     RepairName,
-    typer.Option(help="ls: refit the down projections of what is kept. best always does."),
+    _criteria(help="ls: refit the down projections of what is kept. best always does."),
 ]
 Pool = Annotated[
     PoolName,
-    typer.Option(help="For best: where experts compete for widths; model needs --second-pass."),
+    _best(help="Where experts compete for widths; model needs --second-pass."),
 ]
 Floor = Annotated[
     float | None,
-    typer.Option(
-        help="For --pool model: share that every layer keeps at least.", show_default="keep / 2"
-    ),
+    _best(help="For --pool model: share that every layer keeps at least.", show_default="keep / 2"),
 ]
 WorstDomain = Annotated[
     bool,
-    typer.Option("--worst-domain", help="For best: minimise the worst domain's relative error."),
+    _best("--worst-domain", help="Minimise the worst domain's relative error."),
 ]
-DernThreshold = Annotated[
-    float, typer.Option(help="For dern: cosine above which a neuron is handed on.")
-]
-DernInit = Annotated[DernInitName, typer.Option(help="For dern: where the centres start.")]
+DernThreshold = Annotated[float, _dern(help="Cosine above which a neuron is handed on.")]
+DernInit = Annotated[DernInitName, _dern(help="Where the centres start.")]
 DernWeights = Annotated[
     bool,
-    typer.Option(help="For dern: weight neurons by the router mass that comes with them."),
+    _dern(help="Weight neurons by the router mass that comes with them."),
 ]
 SecondMoments = Annotated[
     bool,
@@ -283,31 +292,29 @@ StatisticsFile = Annotated[
 ]
 DomainWeight = Annotated[
     list[str],
-    typer.Option(metavar="NAME=NUMBER", help="Weight of a domain, 1 if not given."),
+    _criteria(metavar="NAME=NUMBER", help="Weight of a domain, 1 if not given."),
 ]
 UnderCovered = Annotated[
     UnderCoveredName,
-    typer.Option(help="What to do with experts that saw fewer than 32 calibration tokens."),
+    _criteria(help="What to do with experts that saw fewer than 32 calibration tokens."),
 ]
-Samples = Annotated[
-    int, typer.Option(help="Samples per domain, chosen at random; 0 takes all.", min=0)
-]
+Samples = Annotated[int, _running(help="Samples per domain, chosen at random; 0 takes all.", min=0)]
 MaxLength = Annotated[
     int | None,
-    typer.Option(help="Tokens per sample.", show_default="the model's maximum, 2048 at most"),
+    _running(help="Tokens per sample.", show_default="the model's maximum, 2048 at most"),
 ]
-BatchTokens = Annotated[int, typer.Option(help="Token positions per forward pass.", min=1)]
-Seed = Annotated[int, typer.Option(help="For every random choice.")]
+BatchTokens = Annotated[int, _running(help="Token positions per forward pass.", min=1)]
+Seed = Annotated[int, _running(help="For every random choice.")]
 DType = Annotated[
     str,
-    typer.Option(
+    _running(
         help="auto, float32, bfloat16 or float16; auto is float32 on a CPU, else the checkpoint's."
     ),
 ]
-Device = Annotated[str, typer.Option(help="A torch device, or auto to spread the model.")]
+Device = Annotated[str, _running(help="A torch device, or auto to spread the model.")]
 SelfGenerate = Annotated[
     int,
-    typer.Option(
+    _running(
         help="Let the model answer every prompt with so many tokens first.",
         min=0,
         metavar="N",
@@ -315,7 +322,7 @@ SelfGenerate = Annotated[
 ]
 Stream = Annotated[
     StreamName | None,
-    typer.Option(
+    _memory(
         help="What is in memory at a time: none holds the whole model, layers one decoder layer, experts one "
         "layer without its routed experts. The result is the same.",
         show_default="what fits --memory, else none",
@@ -323,21 +330,21 @@ Stream = Annotated[
 ]
 Memory = Annotated[
     str | None,
-    typer.Option(
+    _memory(
         metavar="AMOUNT",
         help="Memory that may be held, like 4GiB; picks --stream, --offload and smaller batches.",
     ),
 ]
 Offload = Annotated[
     OffloadName | None,
-    typer.Option(
+    _memory(
         help="Where hidden states stay between layers when streaming: device, ram, or a file on disk.",
         show_default="ram, or disk if --memory needs it",
     ),
 ]
 WorkDir = Annotated[
     Path | None,
-    typer.Option(
+    _memory(
         help="Keep what is finished here, so that the same command goes on after it was stopped."
     ),
 ]
@@ -357,14 +364,14 @@ Weights = Annotated[
 ]
 Sequential = Annotated[
     bool,
-    typer.Option(
+    _criteria(
         "--sequential",
         help="Choose and refit the neurons of every layer on what the layers before it, pruned already, put out.",
     ),
 ]
 AgainstDense = Annotated[
     bool,
-    typer.Option(
+    _criteria(
         "--against-dense",
         help="With --sequential: refit to what the dense model's experts put out.",
     ),
