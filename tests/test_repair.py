@@ -212,38 +212,48 @@ def test_repair_needs_second_moments(tiny: Tiny) -> None:
 
 
 def test_predicted_errors_are_the_measured_ones(tiny: Tiny, with_moments: Statistics) -> None:
-    """Per layer, on the calibration tokens: sum_e sum_t g^2 |y - y~|^2 of the dense inputs."""
+    """Per layer, sum_e sum_t g^2 |y - y~|^2 of the dense inputs, in float64.
+
+    `repaired` is that of the calibration tokens; `crossed` that of each half of the samples when the
+    columns are fitted on the other half.
+    """
     decided = pipeline.plan(with_moments, Budget(0.5, "best"))
     assert decided.repair is not None
     model = adapter.load_model(tiny.directory, torch.float64)
     model.set_experts_implementation("eager")  # the others know no float64
     layers = {experts.layer: experts for experts in adapter.find_experts(model)}
-    lost = dict.fromkeys(layers, 0.0)
-    whole = dict.fromkeys(layers, 0.0)
-    new = {}
+    repaired, crossed, whole = (dict.fromkeys(layers, 0.0) for _ in range(3))
+    fitted: dict[int, list[list[Tensor]]] = {}  # on the halves, and on both
     for index, experts in layers.items():
         known = repair.layer_moments(with_moments, index, decided.repair.weights)
-        new[index] = [
-            repair.refitted_down(
-                down, None, known.moment[e], decided.keep[index][e], decided.repair.ridges[index][e]
-            )[0]
-            for e, down in enumerate(experts.down)
+        keeps, ridges = decided.keep[index], decided.repair.ridges[index]
+        fitted[index] = [
+            [
+                repair.refitted_down(down, None, moments[e], keeps[e], ridges[e])[0]
+                for e, down in enumerate(experts.down)
+            ]
+            for moments in (*known.folds, known.moment)
         ]
     for domain in tiny.samples:
         weight = decided.repair.weights[domain.domain]
-        for ids in domain.ids:
+        for sample, ids in enumerate(domain.ids):
             for experts, hidden, index, gates in _calls(model, layers, ids):
-                keep = decided.keep[experts.layer]
+                layer, keep = experts.layer, decided.keep[experts.layer]
                 for expert in range(experts.num_experts):
                     token, slot = torch.where(index == expert)
                     m = experts.activations(expert, hidden[token]) * gates[token, slot, None]
                     y = m @ experts.down[expert].T
-                    ours = m[:, keep[expert]] @ new[experts.layer][expert].T
-                    lost[experts.layer] += weight * float((y - ours).square().sum())
-                    whole[experts.layer] += weight * float(y.square().sum())
+                    lost = [
+                        weight * float((y - m[:, keep[expert]] @ down[expert].T).square().sum())
+                        for down in fitted[layer]
+                    ]
+                    crossed[layer] += lost[1 - sample % 2]
+                    repaired[layer] += lost[2]
+                    whole[layer] += weight * float(y.square().sum())
     for layer, errors in decided.repair.errors.items():
-        assert errors["repaired"] == pytest.approx(lost[layer] / whole[layer], rel=1e-2)
-        assert errors["repaired"] <= errors["masked"]
+        assert errors["repaired"] == pytest.approx(repaired[layer] / whole[layer], rel=1e-5)
+        assert errors["crossed"] == pytest.approx(crossed[layer] / whole[layer], rel=1e-5)
+        assert errors["repaired"] <= errors["crossed"] <= errors["masked"]
 
 
 def _calls(model, layers, ids):
