@@ -12,6 +12,7 @@ import html
 import io
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,9 @@ def figures(
     if len({row.get("samples") for row in rows}) > 1:
         drawn.append(_calibration_size(rows))
     if rows:
-        drawn.append(_quality(rows))
+        # Methods are compared at one calibration size, the one that most rows have.
+        ((usual, _),) = Counter(row.get("samples") for row in rows).most_common(1)
+        drawn.append(_quality([row for row in rows if row.get("samples") == usual]))
     return drawn
 
 
