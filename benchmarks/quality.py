@@ -3,27 +3,30 @@
 
     python benchmarks/quality.py
 
-Calibration and evaluation text are disjoint. Every (seed, share, method) is one row of a JSON file:
-perplexity, KL from the dense model in nats and agreement of the likeliest token, per domain. Rows
-that the file has already are not computed again, so a stopped run goes on where it was. With
---left-out every domain is left out of calibration in turn, and measured.
+Calibration and evaluation text are disjoint. Every (samples, seed, share, method) is one row of a
+JSON file: perplexity, KL from the dense model in nats and agreement of the likeliest token, per
+domain, and how much its KL differs from that of another method on the same text, with the standard
+error over the held-out samples. Rows that the file has already are not computed again, so a stopped
+run goes on where it was. With --left-out every domain is left out of calibration in turn, and
+measured; with other --samples the same file says what the calibration size does.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -32,7 +35,6 @@ from tenp import adapter, calibration, dern, pipeline, pruning, second_pass
 from tenp.checkpoint import Checkpoint
 from tenp.plan import Plan
 from tenp.planning import Budget
-from tenp.refitting import Refitting
 from tenp.samples import Samples, tokenize
 from tenp.statistics import Statistics, select
 from tenp.text import read_domains
@@ -42,6 +44,12 @@ EXAMPLES = ROOT / "examples"
 
 #: The paper's shares of whole experts, where it gives them.
 ALPHA = {0.6: 0.3, 0.3: 0.05}
+
+#: Tokens whose distributions are compared at a time; they stay in a core's cache.
+_CHUNK = 128
+
+#: Calibration samples per domain in the tables that do not compare sizes.
+SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -53,12 +61,17 @@ class Method:
         budget: Keyword arguments of `Budget` beside the share.
         options: Keyword arguments of `pipeline.plan`.
         held: Whether the activated share is held to that of TENP.
+        against: The method it is compared with, sample by sample.
     """
 
     name: str
     budget: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
     held: bool = False
+    against: str = "TENP"
+
+
+_DROPPING_STEP = "DERN, its dropping step"
 
 
 def _drop(criterion: str) -> Method:
@@ -74,6 +87,7 @@ METHODS = (
     Method("TENP + repair", {}, {"refit": True}),
     Method("best", {"method": "best"}),
     Method("best, TENP's activated share", {"method": "best"}, held=True),
+    Method("best, worst domain", {"method": "best"}, {"worst_domain": True}, against="best"),
     Method("TENP, rectangle", {"shallow": 1.0, "deep": 1.0}),
     Method("TENP, random experts", {}, {"expert_criterion": "random"}),
     _enp("projection"),
@@ -81,11 +95,13 @@ METHODS = (
     _drop("direction-change"),
     _drop("reap"),
     _drop("frequency"),
-    Method("DERN, threshold 0.6", {"method": "dern"}),
+    Method(_DROPPING_STEP, {"method": "dern"}, {"dern_options": dern.Options(threshold=1.0)}),
+    Method("DERN, threshold 0.6", {"method": "dern"}, against=_DROPPING_STEP),
     Method(
-        "DERN, its dropping step",
+        "DERN, threshold 0.4",
         {"method": "dern"},
-        {"dern_options": dern.Options(threshold=1.0)},
+        {"dern_options": dern.Options(threshold=0.4)},
+        against=_DROPPING_STEP,
     ),
     _drop("easy-ep"),
     _drop("gating-score"),
@@ -98,10 +114,14 @@ METHODS = (
     _enp("heapr"),
     _enp("random"),
     Method("ENP: projection + repair", {"method": "enp"}, {"refit": True}),
-    Method(
-        "DERN, threshold 0.4", {"method": "dern"}, {"dern_options": dern.Options(threshold=0.4)}
-    ),
 )
+
+#: Methods that differ by little from what they are compared with.
+PAIRED = ("TENP, rectangle", "best, worst domain", "DERN, threshold 0.6", "DERN, threshold 0.4")
+
+#: Columns of what is measured of a sample: predicted tokens, and the sums over them of the negative
+#: log-likelihood, of the KL from the dense model and of agreements of the likeliest token.
+TOKENS, LOSS, KL, AGREED = range(4)
 
 
 class Reference:
@@ -111,41 +131,46 @@ class Reference:
         self._batches = [
             (domain.domain, ids, mask) for domain in samples for ids, mask in domain.batches(2048)
         ]
-        self._dense = [_log_probabilities(model, ids, mask) for _, ids, mask in self._batches]
-        self._likeliest = [dense.argmax(1) for dense in self._dense]
+        self._dense = [
+            torch.cat([part.log_softmax(dim=1) for part in _logits(model, ids, mask)])
+            for _, ids, mask in self._batches
+        ]
 
-    def measure(self, model: PreTrainedModel) -> dict[str, dict[str, float]]:
-        """Return perplexity, KL and agreement per domain."""
-        sums: dict[str, list[float]] = {}
-        for (domain, ids, mask), dense, likeliest in zip(
-            self._batches, self._dense, self._likeliest, strict=True
-        ):
-            ours = _log_probabilities(model, ids, mask)
-            targets = ids[:, 1:][mask[:, 1:].bool()]
-            divergence = F.kl_div(ours, dense, log_target=True, reduction="none").sum(dim=1)
-            values = (
-                float(len(targets)),
-                -ours.gather(1, targets[:, None]).double().sum().item(),
-                divergence.double().sum().item(),
-                (ours.argmax(1) == likeliest).double().sum().item(),
+    def measure(self, model: PreTrainedModel) -> dict[str, Tensor]:
+        """Return `[samples, 4]` float64 per domain, the columns of `TOKENS` and so on."""
+        measured: dict[str, list[Tensor]] = {}
+        for (domain, ids, mask), dense in zip(self._batches, self._dense, strict=True):
+            sample, position = torch.nonzero(mask[:, 1:], as_tuple=True)
+            parts = zip(
+                _logits(model, ids, mask),
+                dense.split(_CHUNK),
+                ids[sample, position + 1].split(_CHUNK),
+                strict=True,
             )
-            kept = sums.setdefault(domain, [0.0] * 4)
-            sums[domain] = [a + b for a, b in zip(kept, values, strict=True)]
-        return {
-            domain: {
-                "tokens": n,
-                "perplexity": float(torch.tensor(loss / n).exp()),
-                "kl": kl / n,
-                "agreement": agreed / n,
-            }
-            for domain, (n, loss, kl, agreed) in sums.items()
-        }
+            values = torch.cat([_compare(*part) for part in parts])
+            sums = torch.zeros(len(ids), 4, dtype=torch.float64)
+            measured.setdefault(domain, []).append(sums.index_add_(0, sample, values))
+        return {domain: torch.cat(parts) for domain, parts in measured.items()}
 
 
 @torch.no_grad()
-def _log_probabilities(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Tensor:
+def _logits(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Sequence[Tensor]:
+    """Return the logits of all predicted tokens, `_CHUNK` of them at a time."""
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    return F.log_softmax(logits[mask[:, 1:].bool()].float(), dim=-1)
+    return logits[mask[:, 1:].bool()].float().split(_CHUNK)
+
+
+def _compare(logits: Tensor, dense: Tensor, targets: Tensor) -> Tensor:
+    """Return `[n, 4]` float64, the columns of `TOKENS` and so on, of n tokens."""
+    ours = logits.log_softmax(dim=1)
+    divergence = (dense - ours).mul_(dense.exp()).sum(dim=1)
+    columns = (
+        torch.ones(len(targets)),
+        -ours.gather(1, targets[:, None])[:, 0],
+        divergence,
+        ours.argmax(dim=1) == dense.argmax(dim=1),
+    )
+    return torch.stack([column.double() for column in columns], dim=1)
 
 
 class Bench:
@@ -157,10 +182,9 @@ class Bench:
         self.source = pruning.source_of(self.checkpoint)
         self.model = adapter.load_model(self.checkpoint.directory, torch.float32)
         self.tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.directory)
-        self.layers = adapter.find_experts(self.model)
-        self.dense = {experts.layer: experts.down.clone() for experts in self.layers}
         heldout = self._read(arguments.heldout, arguments.heldout_samples, 0)
         self.reference = Reference(self.model, heldout)
+        self._measured: dict[str, dict[str, Tensor]] = {}
 
     def _read(self, files: Sequence[str], samples: int | None, seed: int) -> list[Samples]:
         limit = self.model.config.get_text_config().max_position_embeddings
@@ -174,7 +198,7 @@ class Bench:
         """Return statistics with all that any method needs."""
         settings = {"seed": seed, "samples": self.arguments.samples}
         cache = self.arguments.cache
-        path = Path(cache) / f"{seed}.safetensors" if cache else None
+        path = Path(cache) / f"{self.arguments.samples}-{seed}.safetensors" if cache else None
         if path is not None and path.exists():
             return Statistics.load(path)
         samples = self._read(self.arguments.calibration, self.arguments.samples, seed)
@@ -202,29 +226,51 @@ class Bench:
             **method.options,
         )
 
-    def measure(self, statistics: Statistics, decided: Plan) -> dict[str, dict[str, float]]:
-        """Measure a plan: of the model in memory, or of what is written when routers change."""
-        if decided.experts is not None:
-            with tempfile.TemporaryDirectory() as directory:
-                out = Path(directory) / "model"
-                pipeline.apply(self.checkpoint, decided, out, False, statistics=statistics)
-                return self.reference.measure(adapter.load_model(out, torch.float32))
-        refit = (
-            Refitting(self.checkpoint, decided, statistics) if decided.repair is not None else None
-        )
-        for experts in self.layers:
-            experts.down.copy_(self.dense[experts.layer])
-            if refit is not None:
-                refit.fill(experts)
-            experts.down.mul_(decided.keep[experts.layer].unsqueeze(1))
-        measured = self.reference.measure(self.model)
-        for experts in self.layers:
-            experts.down.copy_(self.dense[experts.layer])
-        return measured
+    def measure(self, statistics: Statistics, decided: Plan) -> dict[str, Tensor]:
+        """Measure what is written for a plan; the same weights only once."""
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory) / "model"
+            pipeline.apply(self.checkpoint, decided, out, verify=False, statistics=statistics)
+            files = sorted(out.glob("*.safetensors"))
+            digest = hashlib.sha256(b"".join(map(Path.read_bytes, files))).hexdigest()
+            if digest not in self._measured:
+                model = adapter.load_model(out, torch.float32)
+                self._measured[digest] = self.reference.measure(model)
+            return self._measured[digest]
 
     def dense_row(self) -> dict[str, dict[str, float]]:
         """Measure the dense model."""
-        return self.reference.measure(self.model)
+        return summary(self.reference.measure(self.model))
+
+
+def summary(measured: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Return perplexity, KL and agreement per domain, as means over its predicted tokens."""
+    found = {}
+    for domain, samples in measured.items():
+        tokens, loss, kl, agreed = samples.sum(dim=0).tolist()
+        found[domain] = {
+            "tokens": tokens,
+            "perplexity": math.exp(loss / tokens),
+            "kl": kl / tokens,
+            "agreement": agreed / tokens,
+        }
+    return found
+
+
+def difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, float]:
+    """Return by how much our mean KL over domains is above theirs, and its standard error.
+
+    Both were measured on the same samples, which are what is drawn at random; a domain's KL is a ratio
+    of sums over them.
+    """
+    means, variances = [], []
+    for domain, mine in ours.items():
+        excess, tokens = mine[:, KL] - theirs[domain][:, KL], mine[:, TOKENS]
+        mean = excess.sum() / tokens.sum()
+        residual = (excess - mean * tokens).square().sum()
+        variances.append(residual * len(tokens) / (len(tokens) - 1) / tokens.sum().square())
+        means.append(mean)
+    return float(torch.stack(means).mean()), float(torch.stack(variances).sum().sqrt()) / len(means)
 
 
 def rows(bench: Bench, known: Callable[[dict[str, Any]], bool]) -> Iterator[dict[str, Any]]:
@@ -239,65 +285,148 @@ def rows(bench: Bench, known: Callable[[dict[str, Any]], bool]) -> Iterator[dict
     for seed in arguments.seeds:
         whole = None
         for without in left_out:
-            keys = [
-                (
-                    method,
-                    share,
-                    {"method": method.name, "share": share, "seed": seed}
-                    | ({"left_out": without} if without else {}),
-                )
-                for share in arguments.shares
-                for method in methods
-            ]
-            todo = [key for key in keys if not known(key[2])]
-            if not todo:
-                continue
-            whole = whole or bench.calibrate(seed)
-            names = [domain.name for domain in whole.domains if domain.name != without]
-            statistics = select(whole, names)
-            for method, share, key in todo:
-                begin = time.monotonic()
-                decided = bench.plan(statistics, method, share)
-                seconds = time.monotonic() - begin
-                yield {
-                    **key,
-                    "samples": arguments.samples,
-                    "static_share": decided.static_share(),
-                    "activated_share": decided.activated_share,
-                    "plan_seconds": round(seconds, 2),
-                    "domains": bench.measure(statistics, decided),
-                }
+            for share in arguments.shares:
+                common = {"samples": arguments.samples, "seed": seed, "share": share}
+                if without:
+                    common["left_out"] = without
+                todo = [m for m in methods if not known({"method": m.name, **common})]
+                if not todo:
+                    continue
+                whole = whole or bench.calibrate(seed)
+                names = [domain.name for domain in whole.domains if domain.name != without]
+                compared = Compared(bench, select(whole, names), share)
+                for method in todo:
+                    yield {"method": method.name, **common, **compared.row(method)}
 
 
-def table(results: dict[str, Any]) -> str:
-    """Return the mean KL (and perplexity) over domains and seeds, as Markdown, best first."""
-    found = [row for row in results["rows"] if "share" in row and "left_out" not in row]
-    shares = sorted({row["share"] for row in found}, reverse=True)
+class Compared:
+    """Methods at one share, from one set of statistics."""
+
+    def __init__(self, bench: Bench, statistics: Statistics, share: float) -> None:
+        self._bench, self._statistics, self._share = bench, statistics, share
+        self._measured: dict[str, dict[str, Tensor]] = {}
+
+    def row(self, method: Method) -> dict[str, Any]:
+        """Plan and measure a method, and the one it is compared with where that was not done yet."""
+        begin = time.monotonic()
+        decided = self._bench.plan(self._statistics, method, self._share)
+        seconds = time.monotonic() - begin
+        measured = self._bench.measure(self._statistics, decided)
+        found = {
+            "static_share": decided.static_share(),
+            "activated_share": decided.activated_share,
+            "plan_seconds": round(seconds, 2),
+            "domains": summary(measured),
+        }
+        self._measured[method.name] = measured
+        if method.against == method.name:
+            return found
+        if method.against not in self._measured:
+            self.row(next(other for other in METHODS if other.name == method.against))
+        excess, error = difference(measured, self._measured[method.against])
+        return {
+            **found,
+            "against": {"method": method.against, "kl": excess, "standard_error": error},
+        }
+
+
+def tables(results: dict[str, Any]) -> str:
+    """Return what was found, as Markdown: means over seeds, ± half the range over them."""
+    every = [row for row in results["rows"] if "share" in row]
+    found = [row for row in every if "left_out" not in row]
     dense = next(row for row in results["rows"] if row["method"] == "dense")
-    lines = [
-        "| method | " + " | ".join(f"{share:g}: KL, perplexity" for share in shares) + " |",
-        "|---|" + "---|" * len(shares),
-        "| dense | " + " | ".join(f"0, {_perplexity(dense):.2f}" for _ in shares) + " |",
-    ]
+    usual = _of(found, samples=SAMPLES)
+    parts = [_quality(usual, dense), _paired(usual), _domains(usual)]
+    if left_out := [row for row in every if "left_out" in row]:
+        parts.append(_left_out(left_out))
+    if len({row["samples"] for row in found}) > 1:
+        parts.append(_sizes(found))
+    return "\n".join(parts)
+
+
+def _quality(found: list[dict[str, Any]], dense: dict[str, Any]) -> str:
+    """KL and perplexity of every method at every share, best first."""
+    shares = sorted({row["share"] for row in found}, reverse=True)
     names = sorted(
         {row["method"] for row in found},
-        key=lambda name: _mean(
-            [_kl(r) for r in found if (r["method"], r["share"]) == (name, shares[-1])]
-        ),
+        key=lambda name: _mean([_kl(row) for row in _of(found, method=name, share=shares[-1])]),
     )
+    lines = [["dense", *(f"0, {_perplexity(dense):.2f}" for _ in shares)]]
     for name in names:
-        cells = []
-        for share in shares:
-            mine = [row for row in found if (row["method"], row["share"]) == (name, share)]
-            if not mine:
-                cells.append("")
-                continue
-            kls = [_kl(row) for row in mine]
-            spread = f" ± {(max(kls) - min(kls)) / 2:.4f}" if len(kls) > 1 else ""
-            perplexity = _mean([_perplexity(row) for row in mine])
-            cells.append(f"{_mean(kls):.4f}{spread}, {perplexity:.2f}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = [_of(found, method=name, share=share) for share in shares]
+        lines.append(
+            [
+                name,
+                *(f"{_spread(map(_kl, c))}, {_mean(map(_perplexity, c)):.2f}" for c in cells),
+            ]
+        )
+    return _markdown(["method", *(f"{share:g}: KL, perplexity" for share in shares)], lines)
+
+
+def _paired(found: list[dict[str, Any]]) -> str:
+    """What differs by little, compared sample by sample, seed by seed."""
+    lines = []
+    for row in sorted(found, key=lambda row: (row["method"], -row["share"], row["seed"])):
+        if row["method"] not in PAIRED:
+            continue
+        against = row["against"]
+        excess, error = against["kl"], against["standard_error"]
+        lines.append(
+            [
+                row["method"],
+                against["method"],
+                f"{row['share']:g}",
+                str(row["seed"]),
+                f"{_kl(row):.5f}",
+                f"{excess:+.1e} ± {error:.1e}",
+            ]
+        )
+    header = ["method", "against", "share", "seed", "KL", "difference ± its standard error"]
+    return _markdown(header, lines)
+
+
+def _domains(found: list[dict[str, Any]]) -> str:
+    """KL per domain of the methods that choose between domains."""
+    names = list(found[0]["domains"])
+    lines = []
+    for method in ("TENP", "best", "best, worst domain"):
+        for share in (0.6, 0.3):
+            mine = _of(found, method=method, share=share)
+            cells = [_spread([row["domains"][name]["kl"] for row in mine]) for name in names]
+            lines.append([method, f"{share:g}", *cells])
+    return _markdown(["method", "share", *(f"KL of {name}" for name in names)], lines)
+
+
+def _left_out(found: list[dict[str, Any]]) -> str:
+    """KL of the domain that was left out of calibration."""
+    methods = list(dict.fromkeys(row["method"] for row in found))
+    lines = []
+    for share in sorted({row["share"] for row in found}, reverse=True):
+        for domain in sorted({row["left_out"] for row in found}):
+            cells = [
+                [
+                    row["domains"][domain]["kl"]
+                    for row in _of(found, method=method, share=share, left_out=domain)
+                ]
+                for method in methods
+            ]
+            lines.append([f"{share:g}", domain, *map(_spread, cells)])
+    return _markdown(["share", "domain left out", *(f"its KL: {m}" for m in methods)], lines)
+
+
+def _sizes(found: list[dict[str, Any]]) -> str:
+    """KL by the number of calibration samples per domain."""
+    sizes = sorted({row["samples"] for row in found})
+    lines = []
+    for share in (0.6, 0.3):
+        for method in dict.fromkeys(row["method"] for row in found if row["samples"] == sizes[0]):
+            cells = [_of(found, method=method, share=share, samples=size) for size in sizes]
+            lines.append([method, f"{share:g}", *(_spread(map(_kl, cell)) for cell in cells)])
+    return _markdown(["method", "share", *(f"KL with {size}" for size in sizes)], lines)
+
+
+def _of(found: list[dict[str, Any]], **key: object) -> list[dict[str, Any]]:
+    return [row for row in found if all(row.get(name) == value for name, value in key.items())]
 
 
 def _kl(row: dict[str, Any]) -> float:
@@ -305,12 +434,36 @@ def _kl(row: dict[str, Any]) -> float:
 
 
 def _perplexity(row: dict[str, Any]) -> float:
-    logs = [torch.tensor(domain["perplexity"]).log() for domain in row["domains"].values()]
-    return float(torch.stack(logs).mean().exp())
+    return math.exp(_mean([math.log(d["perplexity"]) for d in row["domains"].values()]))
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / max(len(values), 1)
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / max(len(found), 1)
+
+
+def _spread(values: Iterable[float]) -> str:
+    found = list(values)
+    if len(found) < 2:
+        return "".join(f"{value:.4f}" for value in found)
+    return f"{_mean(found):.4f} ± {(max(found) - min(found)) / 2:.4f}"
+
+
+def _markdown(header: list[str], lines: list[list[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _json(results: dict[str, Any]) -> str:
+    """A row a line, eight digits."""
+    rows = [
+        json.dumps(
+            json.loads(json.dumps(row), parse_float=lambda text: float(f"{float(text):.8g}"))
+        )
+        for row in results["rows"]
+    ]
+    settings, lines = json.dumps(results["settings"]), ",\n".join(rows)
+    return f'{{"settings": {settings},\n"rows": [\n{lines}\n]}}\n'
 
 
 def main() -> None:
@@ -320,7 +473,9 @@ def main() -> None:
     for kind in ("calibration", "heldout"):
         files = sorted(map(str, (EXAMPLES / kind).glob("*.jsonl")))
         parser.add_argument(f"--{kind}", nargs="+", default=files)
-    parser.add_argument("--samples", type=int, default=64, help="calibration samples per domain")
+    parser.add_argument(
+        "--samples", type=int, default=SAMPLES, help="calibration samples per domain"
+    )
     parser.add_argument(
         "--heldout-samples", type=int, default=None, help="per domain; all if absent"
     )
@@ -341,7 +496,6 @@ def main() -> None:
     bench = Bench(arguments)
     results["settings"] = {
         "model": bench.source.fingerprint,
-        "samples": arguments.samples,
         "heldout_samples": arguments.heldout_samples,
         "tenp": tenp.__version__,
         "torch": torch.__version__,
@@ -359,8 +513,8 @@ def main() -> None:
         results["rows"].append(row)
         label = " ".join(str(row[k]) for k in ("seed", "share", "left_out", "method") if k in row)
         print(f"{label}: KL {_kl(row):.5f}, perplexity {_perplexity(row):.3f}", flush=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
-    text = table(results)
+        out.write_text(_json(results))
+    text = tables(results)
     out.with_suffix(".md").write_text(text)
     print(text)
 
