@@ -15,7 +15,9 @@ from tenp import adapter, calibration, dern, dropping, pipeline, pruning
 from tenp.adapter import Experts
 from tenp.checkpoint import Checkpoint
 from tenp.dern import Options
+from tenp.dropping import Rebuilt
 from tenp.errors import PlanError, Unsupported
+from tenp.plan import Plan
 from tenp.planning import Budget
 
 _EXPERTS, _CHOSEN, _WIDTH, _HIDDEN = 8, 4, 48, 64
@@ -32,6 +34,7 @@ class Planted:
     dense: float
     dropped: float
     rebuilt: Mapping[str, float]
+    same_routers: float  # rebuilt, but with the routers' rows as they were
     experts: Experts  # of the first layer of the dense model
     importance: Tensor  # [E]
 
@@ -91,15 +94,30 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
             ours = measured(ids).logits.log_softmax(-1)
             return float((true.exp() * (true - ours)).sum(-1).mean())
 
-        def pruned(name: str, budget: Budget, options: Options | None = None) -> float:
-            decided = pipeline.plan(
+        def planned(budget: Budget, options: Options | None = None) -> Plan:
+            return pipeline.plan(
                 known,
                 budget,
                 expert_criterion="normalized-gating-score",
                 dern_options=options,
             )
+
+        def pruned(name: str, budget: Budget, options: Options | None = None) -> float:
+            decided = planned(budget, options)
             pipeline.apply(dense, decided, root / name, verify=False, statistics=known)
             return loss(adapter.load_model(root / name, torch.float32))
+
+        def rebuilt_with_the_same_routers() -> float:
+            decided = planned(Budget(0.5, "dern"), Options())
+            rebuild, stays = dern.rebuilder(dense, decided, known), decided.experts
+            assert rebuild is not None and stays is not None
+
+            def rows_stay(layer: int) -> Rebuilt:
+                rows = torch.eye(_EXPERTS, dtype=torch.float64)[stays[layer]]
+                return Rebuilt(rebuild(layer).experts, rows)
+
+            dropping.apply(dense, decided, root / "rows", rows_stay, verify=False)
+            return loss(adapter.load_model(root / "rows", torch.float32))
 
         options = {
             "dern": Options(),
@@ -110,6 +128,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
             loss(model),
             pruned("drop", Budget(0.5, "drop")),
             {name: pruned(name, Budget(0.5, "dern"), each) for name, each in options.items()},
+            rebuilt_with_the_same_routers(),
             adapter.find_experts(model)[0],
             dern.importance(known, 0),
         )
@@ -126,6 +145,10 @@ def test_random_centres_are_worse(planted: Planted) -> None:
 
 def test_without_weights_it_is_worse(planted: Planted) -> None:
     assert planted.rebuilt["without weights"] > 1.1 * planted.rebuilt["dern"]
+
+
+def test_with_the_same_routers_it_is_worse(planted: Planted) -> None:
+    assert planted.same_routers > 1.2 * planted.rebuilt["dern"]
 
 
 def test_every_neuron_finds_a_copy_of_itself(planted: Planted) -> None:
