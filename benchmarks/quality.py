@@ -354,12 +354,7 @@ def _quality(found: list[dict[str, Any]], dense: dict[str, Any]) -> str:
     lines = [["dense", *(f"0, {_perplexity(dense):.2f}" for _ in shares)]]
     for name in names:
         cells = [_of(found, method=name, share=share) for share in shares]
-        lines.append(
-            [
-                name,
-                *(f"{_spread(map(_kl, c))}, {_mean(map(_perplexity, c)):.2f}" for c in cells),
-            ]
-        )
+        lines.append([name, *map(_kl_and_perplexity, cells)])
     return _markdown(["method", *(f"{share:g}: KL, perplexity" for share in shares)], lines)
 
 
@@ -389,12 +384,12 @@ def _domains(found: list[dict[str, Any]]) -> str:
     """KL per domain of the methods that choose between domains."""
     names = list(found[0]["domains"])
     lines = []
-    for method in ("TENP", "best", "best, worst domain"):
-        for share in (0.6, 0.3):
+    for share in sorted({row["share"] for row in found}, reverse=True):
+        for method in ("TENP", "best", "best, worst domain"):
             mine = _of(found, method=method, share=share)
             cells = [_spread([row["domains"][name]["kl"] for row in mine]) for name in names]
-            lines.append([method, f"{share:g}", *cells])
-    return _markdown(["method", "share", *(f"KL of {name}" for name in names)], lines)
+            lines.append([f"{share:g}", method, *cells])
+    return _markdown(["share", "method", *(f"KL of {name}" for name in names)], lines)
 
 
 def _left_out(found: list[dict[str, Any]]) -> str:
@@ -418,11 +413,11 @@ def _sizes(found: list[dict[str, Any]]) -> str:
     """KL by the number of calibration samples per domain."""
     sizes = sorted({row["samples"] for row in found})
     lines = []
-    for share in (0.6, 0.3):
-        for method in dict.fromkeys(row["method"] for row in found if row["samples"] == sizes[0]):
+    for share in sorted({row["share"] for row in _of(found, samples=sizes[0])}, reverse=True):
+        for method in dict.fromkeys(row["method"] for row in _of(found, samples=sizes[0])):
             cells = [_of(found, method=method, share=share, samples=size) for size in sizes]
-            lines.append([method, f"{share:g}", *(_spread(map(_kl, cell)) for cell in cells)])
-    return _markdown(["method", "share", *(f"KL with {size}" for size in sizes)], lines)
+            lines.append([f"{share:g}", method, *(_spread(map(_kl, cell)) for cell in cells)])
+    return _markdown(["share", "method", *(f"KL with {size}" for size in sizes)], lines)
 
 
 def _of(found: list[dict[str, Any]], **key: object) -> list[dict[str, Any]]:
@@ -435,6 +430,10 @@ def _kl(row: dict[str, Any]) -> float:
 
 def _perplexity(row: dict[str, Any]) -> float:
     return math.exp(_mean([math.log(d["perplexity"]) for d in row["domains"].values()]))
+
+
+def _kl_and_perplexity(found: list[dict[str, Any]]) -> str:
+    return f"{_spread(map(_kl, found))}, {_mean(map(_perplexity, found)):.2f}" if found else ""
 
 
 def _mean(values: Iterable[float]) -> float:
