@@ -79,7 +79,7 @@ def model_card(
 
 ## Use
 
-{_WITH_TENP if needs_tenp else _STOCK}
+{_use(needs_tenp, is_int8)}
 
 ## How it was made
 
@@ -145,11 +145,16 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/model")
 ```
 
+`trust_remote_code=True` does instead of the import: the code in this repository only imports tenp.
+"""
+
+_WITH_VLLM = """
 In vLLM, tenp is a plugin that needs no import:
 
 ```sh
 vllm serve path/to/this/model
-```"""
+```
+"""
 
 _STOCK = """\
 ```python
@@ -178,6 +183,13 @@ def _needs(plan: Plan) -> str:
         "- All experts have one width, but no config field gives it to them in this format and leaves the\n"
         f"  other layers as they are, so they need tenp. {_PADDED}"
     )
+
+
+def _use(needs_tenp: bool, is_int8: bool) -> str:
+    if not needs_tenp:
+        return _STOCK
+    # The plugins for servers take floating-point weights only.
+    return (_WITH_TENP + ("" if is_int8 else _WITH_VLLM)).rstrip("\n")
 
 
 def _name(checkpoint: Checkpoint) -> str:

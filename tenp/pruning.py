@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tenp import adapter
+from tenp import adapter, auto_map
 from tenp.adapter import Experts, ExpertTensor
 from tenp.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorEntry
 from tenp.errors import CheckpointError, InvalidArgument, PlanError, Unsupported
@@ -112,7 +112,7 @@ def apply(
             for layer, layer_widths in plan.widths().items()
         }
         new_config = {
-            **checkpoint.config,
+            **auto_map.added(checkpoint.config),
             "quantization_config": {
                 "quant_method": "tenp",
                 "version": 1,
@@ -160,6 +160,7 @@ def apply(
             "README.md": model_card(
                 checkpoint, plan, needs_tenp=fields is None, is_int8=int8 is not None
             ).encode(),
+            **({} if fields is not None else {auto_map.FILE: auto_map.CODE.encode()}),
         },
         verify=verify,
         resume=plan.digest() if resume else None,
@@ -233,7 +234,7 @@ def rewrite(
             _write_json(partial / INDEX_FILE, {"metadata": metadata, "weight_map": weight_map})
         for path in sorted(checkpoint.directory.iterdir()):
             if path.is_file() and not path.name.endswith(
-                (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth")
+                (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", auto_map.FILE)
             ):
                 shutil.copyfile(path, partial / path.name)
         _write_json(partial / "config.json", config)
@@ -261,9 +262,8 @@ def export_padded(checkpoint: Checkpoint, out: Path) -> None:
         raise InvalidArgument(
             f"export: {checkpoint.directory} must be a checkpoint pruned to different widths, got a stock one"
         )
-    config = {
-        name: value for name, value in checkpoint.config.items() if name != "quantization_config"
-    }
+    config = auto_map.removed(checkpoint.config)
+    del config["quantization_config"]
     dense = adapter.load_config(checkpoint.directory)
     del dense.quantization_config
     model = adapter.empty_model(dense)

@@ -52,6 +52,8 @@ def test_shards_and_index_agree(tiny: Tiny) -> None:
 def test_the_config_says_what_to_load_it_with(tiny: Tiny) -> None:
     config = json.loads((tiny.pruned / "config.json").read_text())
     quantization = config.pop("quantization_config")
+    code = config.pop("auto_map")["AutoConfig"].partition(".")[0]
+    assert (tiny.pruned / f"{code}.py").exists()
     assert config == tiny.checkpoint.config
     assert quantization["quant_method"] == "tenp"
     widths = {int(k): list(map(int, v.split(","))) for k, v in quantization["widths"].items()}

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from support.fixtures import Tiny
 from support.tiny_models import token_ids
 from tenp import adapter, planning, pruning
+from tenp import pipeline as pipeline_of_tenp
+from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError
 from tenp.planning import Budget
 from tenp.runtime import TenpConfig, TenpExperts
@@ -164,49 +166,105 @@ def test_a_token_without_an_expert_gives_zero(model) -> None:
 # ---- what does not load ----
 
 
-def _python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run code in a process that has not imported tenp."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
+def _python(
+    code: str, *arguments: object, directory: Path | None = None, **environment: object
+) -> str:
+    """Run code in a process that has not imported tenp, and return what it prints."""
+    settings = {name: str(value) for name, value in environment.items()}
+    result = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
-        env=environment,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **settings},
+        cwd=directory,
         capture_output=True,
         text=True,
     )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
-def test_without_tenp_a_pruned_checkpoint_fails_and_an_equally_narrow_one_loads(
+def _uninstalled(directory: Path) -> Path:
+    """Return a directory that, on the path, makes tenp as good as not installed."""
+    (directory / "tenp").mkdir(parents=True)
+    (directory / "tenp" / "__init__.py").write_text(
+        "raise ModuleNotFoundError(\"No module named 'tenp'\")\n"
+    )
+    return directory
+
+
+def test_without_tenp_stock_checkpoints_are_right_and_a_ragged_one_fails(
     tiny: Tiny, tmp_path: Path
 ) -> None:
-    plan = planning.plan(tiny.scores, tiny.statistics, Budget(0.5, method="enp", width_multiple=4))
-    pruning.apply(tiny.checkpoint, plan, tmp_path / "enp")
+    for name, method in (("uniform", "enp"), ("dropped", "drop")):
+        budget = Budget(0.5, method=method, width_multiple=4 if method == "enp" else None)
+        plan = planning.plan(tiny.scores, tiny.statistics, budget)
+        pipeline_of_tenp.apply(tiny.checkpoint, plan, tmp_path / name, verify=False)
+    pruning.export_padded(Checkpoint(tiny.pruned), tmp_path / "padded")
+    stock = [tmp_path / name for name in ("uniform", "dropped", "padded")]
     with torch.no_grad():
-        torch.save(adapter.load_model(tmp_path / "enp")(token_ids()).logits, tmp_path / "logits")
-        torch.save(token_ids(), tmp_path / "ids")
-    result = _python(
+        for directory in stock:
+            logits = adapter.load_model(directory)(token_ids()).logits
+            torch.save(logits, directory / "logits.pt")
+        ragged = adapter.load_model(tiny.pruned)(token_ids()).logits
+    torch.testing.assert_close(torch.load(stock[2] / "logits.pt"), ragged, rtol=1e-4, atol=1e-4)
+    torch.save(token_ids(), tmp_path / "ids")
+    said = _python(
         """
 import sys, torch
 from transformers import AutoModelForCausalLM
-model, report = AutoModelForCausalLM.from_pretrained(sys.argv[1], output_loading_info=True)
-assert not any(report.values()), report
-logits = model(torch.load(sys.argv[3])).logits
-torch.testing.assert_close(logits, torch.load(sys.argv[4]), rtol=1e-4, atol=1e-4)
-assert model.config.moe_intermediate_size == 12
-print("stock loads")
-try:
-    AutoModelForCausalLM.from_pretrained(sys.argv[2])
-except Exception as error:
-    print("ragged fails", type(error).__name__)
+ids, ragged, *stock = sys.argv[1:]
+for directory in stock:
+    model, report = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(report.values()), report
+    logits = model(torch.load(ids)).logits
+    torch.testing.assert_close(logits, torch.load(directory + "/logits.pt"), rtol=1e-4, atol=1e-4)
+    print("stock loads")
+for trust in (False, True):
+    try:
+        AutoModelForCausalLM.from_pretrained(ragged, trust_remote_code=trust)
+    except Exception as error:
+        print("ragged fails:", str(error).replace("\\n", " "))
 assert "tenp" not in sys.modules
 """,
-        tmp_path / "enp",
+        tmp_path / "ids",
+        tiny.pruned,
+        *stock,
+        directory=tmp_path,  # away from the sources: the current directory comes first on the path
+        PYTHONPATH=_uninstalled(tmp_path / "uninstalled"),
+        HF_MODULES_CACHE=tmp_path / "modules",
+    )
+    assert said.count("stock loads") == 3
+    assert said.count("ragged fails: ") == 2
+    assert "requires the following packages" in said
+    assert "not found in your environment: tenp" in said
+
+
+def test_code_in_the_checkpoint_imports_tenp_for_those_who_trust_it(
+    tiny: Tiny, model, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        torch.save(model(token_ids()).logits, tmp_path / "logits")
+    torch.save(token_ids(), tmp_path / "ids")
+    _python(
+        """
+import sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+assert "tenp" not in sys.modules
+ragged, ids, logits, again = sys.argv[1:]
+assert type(AutoConfig.from_pretrained(ragged, trust_remote_code=True)).__module__.startswith("transformers.")
+model = AutoModelForCausalLM.from_pretrained(ragged, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers.")
+assert torch.equal(model(torch.load(ids)).logits, torch.load(logits))
+AutoModel.from_pretrained(ragged, trust_remote_code=True)
+model.save_pretrained(again)
+model = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+assert torch.equal(model(torch.load(ids)).logits, torch.load(logits))
+""",
         tiny.pruned,
         tmp_path / "ids",
         tmp_path / "logits",
+        tmp_path / "again",
+        HF_MODULES_CACHE=tmp_path / "modules",
     )
-    assert result.returncode == 0, result.stderr
-    assert "stock loads" in result.stdout
-    assert "ragged fails" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from transformers.quantizers import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from tenp import auto_map
 from tenp.adapter import find_experts
 from tenp.errors import CheckpointError
 from tenp.ops import neuron_offsets
@@ -101,6 +102,9 @@ class TenpQuantizer(HfQuantizer):
     requires_calibration = True  # a TenpConfig passed for an unpruned model is refused
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if hasattr(model.config, "auto_map"):
+            # The file that it names is not written when the model is saved again.
+            model.config.auto_map = auto_map.without_code(model.config.auto_map)
         is_int8 = self.quantization_config.is_int8
         widths = self.quantization_config.layer_widths()
         layers = find_experts(model)
