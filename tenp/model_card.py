@@ -77,12 +77,9 @@ def model_card(
 {"".join(_cost_rows(cost) for cost in costs)}
 {_INT8 if is_int8 else ""}{_MEASURED if costs else _NOT_MEASURED}
 
-## Use
+{_USE}{_use(needs_tenp, is_int8)}
 
-{_use(needs_tenp, is_int8)}
-
-## How it was made
-
+{_HOW_MADE}
 ```sh
 {_command(name, plan.settings, plan.repair is not None)}
 ```
@@ -104,6 +101,28 @@ of checkpoint `{plan.source.fingerprint[:16]}…`.
 - What limits the model it was made from limits this one too: see its card.
 {_needs(plan) if needs_tenp else ""}"""
 
+
+def padded_card(card: str) -> str:
+    """Return the card of a padded copy, given that of the checkpoint it was made of.
+
+    A card that somebody else wrote stays as it is.
+    """
+    before, title, rest = card.partition(_USE)
+    _, how, rest = rest.partition(_HOW_MADE)
+    if not (title and how):
+        return card
+    for reason in (_WIDTHS, _FIELDS):
+        rest = rest.partition(reason)[0]
+    return f"{before.replace(_INT8, '')}{_IS_PADDED}{_USE}{_STOCK}\n\n{_HOW_MADE}{rest}"
+
+
+_USE, _HOW_MADE = "## Use\n\n", "## How it was made\n"
+
+_IS_PADDED = """\
+This is a padded copy (`tenp export --padded`): zeros fill every expert up to the full width. It
+computes the same as the pruned model and needs no tenp, but it is as large as the model before.
+
+"""
 
 #: Whose versions decide the numbers in the files.
 _PACKAGES = ("tenp", "torch", "transformers")
@@ -169,6 +188,12 @@ vllm serve path/to/this/model
 
 All experts have one width, so any runtime that knows the architecture loads it."""
 
+#: Why it needs tenp: there are several widths, or no field for the one.
+_WIDTHS = "- Experts of different widths need tenp."
+_FIELDS = """\
+- All experts have one width, but no config field gives it to them in this format and leaves the
+  other layers as they are, so they need tenp."""
+
 _PADDED = """\
 Runtimes that know one width only can load what
   `tenp export --padded` writes of this model, which computes the same and is as large as before.
@@ -177,12 +202,7 @@ Runtimes that know one width only can load what
 
 def _needs(plan: Plan) -> str:
     """Why it needs tenp, and what does not."""
-    if plan.uniform_width() is None:
-        return f"- Experts of different widths need tenp. {_PADDED}"
-    return (
-        "- All experts have one width, but no config field gives it to them in this format and leaves the\n"
-        f"  other layers as they are, so they need tenp. {_PADDED}"
-    )
+    return f"{_WIDTHS if plan.uniform_width() is None else _FIELDS} {_PADDED}"
 
 
 def _use(needs_tenp: bool, is_int8: bool) -> str:

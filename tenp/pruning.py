@@ -22,7 +22,7 @@ from tenp.adapter import Experts, ExpertTensor
 from tenp.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, TensorEntry
 from tenp.errors import CheckpointError, InvalidArgument, PlanError, Unsupported
 from tenp.files import new_directory, partial_of, resumable_directory
-from tenp.model_card import model_card
+from tenp.model_card import model_card, padded_card
 from tenp.plan import Plan
 from tenp.quantization import Int8, scale_name
 from tenp.reading import Reader
@@ -285,15 +285,12 @@ def export_padded(checkpoint: Checkpoint, out: Path) -> None:
             parameters = layers[part.experts].parameters(tensor.device)
             yield from adapter.stock_tensors(model, name, part, parameters).items()
 
-    card = (
-        (checkpoint.directory / "README.md").read_bytes()
-        if (checkpoint.directory / "README.md").exists()
-        else b""
-    )
+    card = checkpoint.directory / "README.md"
+    cards = {card.name: padded_card(card.read_bytes().decode()).encode()} if card.exists() else {}
     # A layer's experts are in memory together when the Hub format has one tensor for all of them.
     memory = None if all(part.is_stock for part in tensors.values()) else 1
     try:
-        rewrite(checkpoint, out, config, pieces, extra_files={"README.md": card}, memory=memory)
+        rewrite(checkpoint, out, config, pieces, extra_files=cards, memory=memory)
     finally:
         reader.close()
 

@@ -187,6 +187,10 @@ def test_export_writes_a_stock_checkpoint(command: Command, tiny: Tiny, tmp_path
     out = tmp_path / "padded"
     assert command("export", tiny.pruned, "--padded", "--out", out).code == 0
     assert Checkpoint(out).config == tiny.checkpoint.config
+    card = (out / "README.md").read_text()
+    assert card.count("padded copy") == card.count("vllm serve") == 1
+    assert "import tenp" not in card
+    assert "need tenp" not in card
     ours, theirs = adapter.load_model(out), adapter.load_model(tiny.pruned)
     assert evaluation.logit_difference(ours, theirs, torch.arange(3, 40)[None]) <= 1e-5
 
