@@ -91,7 +91,8 @@ _BESIDES: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "qwen3_omni_moe": {
         "talker_config": {
-            "text_config": {"shared_expert_intermediate_size": 40, "moe_intermediate_size": 24}
+            "spatial_merge_size": 2,
+            "text_config": {"shared_expert_intermediate_size": 40, "moe_intermediate_size": 24},
         },
     },
     "qwen3_omni_moe_thinker": {"vision_start_token_id": VOCABULARY - 9},
