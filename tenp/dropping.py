@@ -47,6 +47,10 @@ def apply(
     out: Path,
     rebuild: Rebuild | None = None,
     verify: bool = True,
+    streamed: bool = False,
+    resume: bool = False,
+    memory: int | None = None,
+    progress: Callable[[str, int], None] | None = None,
 ) -> None:
     """Write the checkpoint of fewer experts.
 
@@ -56,6 +60,10 @@ def apply(
         out: The new directory.
         rebuild: Gives the experts that stay and their routers new weights; they keep them if None.
         verify: Load what was written with stock transformers and compare its weights.
+        streamed: Compare layer by layer instead, and never have the whole model in memory.
+        resume: Keep finished shards when stopped, and go on from those that are there already.
+        memory: Bytes that tensors in flight may take.
+        progress: Called with (shard, source bytes) after every tensor.
 
     Raises:
         PlanError: The plan is for another checkpoint, or keeps different numbers of experts.
@@ -80,7 +88,6 @@ def apply(
     fields, router_axes = changed
     tensors = adapter.expert_tensors(model, checkpoint.tensors)
     names = adapter.model_names(model, checkpoint.tensors)
-    layers = {experts.layer: experts for experts in adapter.find_experts(model)}
     rebuilt = _Cache(rebuild) if rebuild is not None else None
 
     def pieces(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -102,8 +109,11 @@ def apply(
             tensor = _rebuilt_tensor(rebuilt(part.layer).experts, part, new).to(tensor.dtype)
         yield name if new is None else _renumbered(name, part, new), tensor
 
+    def is_copied(name: str) -> bool:
+        return name not in tensors and names[name] not in router_axes
+
     def check(written: Path) -> None:
-        _verify(written, layers, plan, checkpoint, rebuilt)
+        _verify(written, plan, checkpoint, rebuilt, streamed)
 
     pruning.rewrite(
         checkpoint,
@@ -115,6 +125,11 @@ def apply(
             "README.md": model_card(checkpoint, plan, needs_tenp=False).encode(),
         },
         verify=check if verify else None,
+        resume=plan.digest() if resume else None,
+        # Shards side by side would have each other's layers rebuilt again.
+        memory=memory if rebuild is None else 1,
+        progress=progress,
+        copied={name for name in checkpoint.tensors if is_copied(name)},
     )
 
 
@@ -184,20 +199,20 @@ def _check_groups(groups: int, plan: Plan) -> None:
 
 
 def _verify(
-    written: Path,
-    layers: dict[int, Experts],
-    plan: Plan,
-    checkpoint: Checkpoint,
-    rebuilt: _Cache | None,
+    written: Path, plan: Plan, checkpoint: Checkpoint, rebuilt: _Cache | None, streamed: bool
 ) -> None:
-    """Load with stock transformers; every expert must be the one planned."""
+    """Load with stock transformers, or read layer by layer; every expert must be the one planned."""
     from tenp.refitting import reader_of_layers
 
     assert plan.experts is not None
-    loaded = {e.layer: e for e in adapter.find_experts(adapter.load_model(written))}
+    if streamed:
+        read_written = reader_of_layers(Checkpoint(written))
+    else:
+        loaded = {e.layer: e for e in adapter.find_experts(adapter.load_model(written))}
+        read_written = loaded.__getitem__
     read = reader_of_layers(checkpoint)
     for layer, kept in plan.experts.items():
-        new = loaded[layer]
+        new = read_written(layer)
         if rebuilt is not None:
             expected = rebuilt(layer).experts
             at = torch.arange(len(kept))

@@ -215,20 +215,31 @@ def _apply(
     if output.is_finished(work, out, decided):
         return
     output.note(work, out, decided)
-    if decided.experts is not None:
-        rebuild = dern.rebuilder(checkpoint, decided, statistics)
-        dropping.apply(checkpoint, decided, out, rebuild, verify)
-        return
-    refit = None if decided.repair is None else Refitting(checkpoint, decided, statistics)
     progress = report("write", checkpoint.bytes, "bytes") if report else None
-    change = rounding.change_of(checkpoint, refit, int8 is not None) if verify else None
-    check = functools.partial(equivalence.check, checkpoint, decided, change) if verify else None
-    if verify and run.execution.is_streamed(Group.from_environment(), checkpoint):
-        seen = report("verify", checkpoint.bytes, "bytes") if report else None
-        check = functools.partial(verification.verify, checkpoint, decided, change, seen)
     bound = run.execution.memory
     if bound is not None:
         memory.return_freed()
+    is_streamed = run.execution.is_streamed(Group.from_environment(), checkpoint)
+    if decided.experts is not None:
+        rebuild = dern.rebuilder(checkpoint, decided, statistics)
+        dropping.apply(
+            checkpoint,
+            decided,
+            out,
+            rebuild,
+            verify,
+            is_streamed,
+            work is not None,
+            bound,
+            progress,
+        )
+        return
+    refit = None if decided.repair is None else Refitting(checkpoint, decided, statistics)
+    change = rounding.change_of(checkpoint, refit, int8 is not None) if verify else None
+    check = functools.partial(equivalence.check, checkpoint, decided, change) if verify else None
+    if verify and is_streamed:
+        seen = report("verify", checkpoint.bytes, "bytes") if report else None
+        check = functools.partial(verification.verify, checkpoint, decided, change, seen)
     pruning.apply(checkpoint, decided, out, check, work is not None, bound, progress, refit, int8)
 
 

@@ -164,7 +164,8 @@ def apply(
         },
         verify=verify,
         resume=plan.digest() if resume else None,
-        memory=memory,
+        # Shards side by side would have each other's layers refitted again.
+        memory=memory if refit is None else 1,
         progress=progress,
         copied=checkpoint.tensors.keys() - tensors.keys(),
     )

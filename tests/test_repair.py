@@ -3,7 +3,9 @@
 
 import dataclasses
 import math
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from tenp.cli import display
 from tenp.errors import InvalidArgument, PlanError, Unsupported
 from tenp.plan import Plan
 from tenp.planning import Budget
+from tenp.refitting import Refitting
 from tenp.statistics import Statistics, merge, select
 
 _H, _N, _TOKENS = 12, 20, 90
@@ -195,6 +198,24 @@ def test_a_repaired_checkpoint_is_verified(
     pipeline.apply(tiny.checkpoint, decided, tmp_path / "out", statistics=with_moments)
     decided.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json").digest() == decided.digest()
+
+
+def test_a_layer_is_refitted_once(
+    tiny: Tiny, with_moments: Statistics, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decided = pipeline.plan(with_moments, Budget(0.5), refit=True)
+    compute, computed = Refitting._compute, []
+
+    def counted(self: Refitting, layer: int) -> Any:
+        computed.append(layer)
+        time.sleep(0.05)  # time enough for another shard to need another layer
+        return compute(self, layer)
+
+    monkeypatch.setattr(Refitting, "_compute", counted)
+    pipeline.apply(
+        tiny.checkpoint, decided, tmp_path / "out", verify=False, statistics=with_moments
+    )
+    assert computed == sorted(decided.keep)
 
 
 def test_a_repaired_plan_needs_its_statistics(
