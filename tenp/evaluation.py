@@ -18,7 +18,7 @@ from tenp.plan import Plan
 from tenp.samples import Samples
 
 #: Tokens whose distributions are compared at a time.
-_CHUNK = 512
+CHUNK = 512
 
 Progress = Callable[[str, int], None]
 
@@ -70,6 +70,62 @@ def evaluate(
     ]
 
 
+def require_targets(samples: Samples) -> None:
+    """Refuse a domain in which there is nothing to predict.
+
+    Raises:
+        DataError: All its samples have one token.
+    """
+    if all(len(ids) < 2 for ids in samples.ids):
+        raise DataError(
+            f"domain {samples.domain} must have a sample of two tokens or more, or there is nothing to predict"
+        )
+
+
+class DomainSums:
+    """What is added up over the predicted tokens of a domain.
+
+    Args:
+        device: Of the logits.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._tokens = 0
+        self._has_reference = False
+        # Read once, at the end: a GPU would have to be waited for each time.
+        self._totals = torch.zeros(3, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, targets: Tensor, dense: Tensor | None = None) -> None:
+        """Add some tokens: few at a time, because float32 distributions over a vocabulary are large.
+
+        Args:
+            logits: `[N, V]`, of the tokens before them.
+            targets: `[N]`, int64.
+            dense: `[N, V]`, the reference's.
+        """
+        self._tokens += len(targets)
+        ours = F.log_softmax(logits.float(), dim=-1)
+        self._totals[0] -= ours.gather(1, targets[:, None]).double().sum()
+        if dense is None:
+            return
+        self._has_reference = True
+        theirs = F.log_softmax(dense.to(ours.device).float(), dim=-1)
+        terms = F.kl_div(ours, theirs, log_target=True, reduction="none")
+        self._totals[1] += terms.double().sum()
+        self._totals[2] += (ours.argmax(dim=1) == theirs.argmax(dim=1)).sum()
+
+    def figures(self, domain: str) -> DomainEvaluation:
+        """Return the means."""
+        loss, divergence, agreed = (self._totals / self._tokens).tolist()
+        return DomainEvaluation(
+            domain,
+            self._tokens,
+            _perplexity(loss),
+            divergence if self._has_reference else None,
+            agreed if self._has_reference else None,
+        )
+
+
 def _evaluate_domain(
     model: PreTrainedModel,
     samples: Samples,
@@ -77,39 +133,19 @@ def _evaluate_domain(
     batch_tokens: int,
     progress: Progress | None,
 ) -> DomainEvaluation:
-    if all(len(ids) < 2 for ids in samples.ids):
-        raise DataError(
-            f"domain {samples.domain} must have a sample of two tokens or more, or there is nothing to predict"
-        )
-    tokens = 0
-    # Read once, at the end: a GPU would have to be waited for each time.
-    totals = torch.zeros(3, dtype=torch.float64, device=model.device)
+    require_targets(samples)
+    sums = DomainSums(model.device)
     for ids, mask in samples.batches(batch_tokens, model.device):
         predicted = mask[:, 1:].bool()
         targets = ids[:, 1:][predicted]
-        tokens += len(targets)
         logits = _logits(model, ids, mask, predicted)
         dense = None if reference is None else _logits(reference, ids, mask, predicted)
-        # A float32 distribution over a large vocabulary is the largest tensor: few tokens at a time.
-        for begin in range(0, len(targets), _CHUNK):
-            chunk = slice(begin, begin + _CHUNK)
-            ours = F.log_softmax(logits[chunk].float(), dim=-1)
-            totals[0] -= ours.gather(1, targets[chunk, None]).double().sum()
-            if dense is not None:
-                theirs = F.log_softmax(dense[chunk].to(ours.device).float(), dim=-1)
-                terms = F.kl_div(ours, theirs, log_target=True, reduction="none")
-                totals[1] += terms.double().sum()
-                totals[2] += (ours.argmax(dim=1) == theirs.argmax(dim=1)).sum()
+        for begin in range(0, len(targets), CHUNK):
+            chunk = slice(begin, begin + CHUNK)
+            sums.add(logits[chunk], targets[chunk], None if dense is None else dense[chunk])
         if progress is not None:
             progress(samples.domain, int(mask.sum()))
-    loss, divergence, agreed = totals.tolist()
-    return DomainEvaluation(
-        samples.domain,
-        tokens,
-        _perplexity(loss / tokens),
-        divergence / tokens if reference is not None else None,
-        agreed / tokens if reference is not None else None,
-    )
+    return sums.figures(samples.domain)
 
 
 def _perplexity(loss: float) -> float:

@@ -187,14 +187,9 @@ class LayerwiseModel:
             ids: Every token id that layer 0 will be run on.
         """
         embedding: Any = self.model.get_input_embeddings()
-        path = next(name for name, module in self.model.named_modules() if module is embedding)
-        source = [name for name, target in self._targets.items() if target == f"{path}.weight"]
-        if len(source) != 1 or type(embedding).forward is None:
-            raise CheckpointError(
-                f"{self._reader.checkpoint.directory} must hold {path}.weight, got {source}"
-            )
+        source = self._input_embeddings()
         known = torch.unique(ids)
-        rows = [self._reader.read(source[0], first=row, count=1) for row in known.tolist()]
+        rows = [self._reader.read(source, first=row, count=1) for row in known.tolist()]
         table = torch.cat(rows).to(self.dtype).to(self.device)
         embedding.weight = nn.Parameter(table, requires_grad=False)
         embedding.padding_idx = None  # matters to gradients only, and names a row of the full table
@@ -206,9 +201,40 @@ class LayerwiseModel:
     def free_embeddings(self) -> None:
         """Let the embeddings go; from layer 1 on the hidden states stand in for them."""
         embedding: Any = self.model.get_input_embeddings()
+        self._embedding_hook.remove()
         embedding.weight = nn.Parameter(
             torch.empty(embedding.weight.shape, device="meta"), requires_grad=False
         )
+
+    def _input_embeddings(self) -> str:
+        """Return the checkpoint's name of the input embeddings."""
+        embedding = self.model.get_input_embeddings()
+        path = next(name for name, module in self.model.named_modules() if module is embedding)
+        source = [name for name, target in self._targets.items() if target == f"{path}.weight"]
+        if len(source) != 1:
+            raise CheckpointError(
+                f"{self._reader.checkpoint.directory} must hold {path}.weight, got {source}"
+            )
+        return source[0]
+
+    def load_head(self) -> None:
+        """Give the output embeddings their weights; some models share those of the input.
+
+        Raises:
+            CheckpointError: They are missing or cannot be read.
+        """
+        head: Any = self.model.get_output_embeddings()
+        path = next(name for name, module in self.model.named_modules() if module is head)
+        names = [name for name, target in self._targets.items() if target.startswith(f"{path}.")]
+        if names:
+            self._load(names)
+        else:
+            table = self._reader.read(self._input_embeddings()).to(self.dtype).to(self.device)
+            head.weight = nn.Parameter(table, requires_grad=False)
+        if any(parameter.is_meta for parameter in head.parameters()):
+            raise CheckpointError(
+                f"{self._reader.checkpoint.directory} must hold {path}.weight, but it is missing"
+            )
 
     @torch.no_grad()
     def run(self, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None) -> Tensor:
@@ -260,6 +286,32 @@ class LayerwiseModel:
         raise Unsupported(
             f"{type(self.model).__name__} cannot run layer by layer: it does not call layer {layer}; use --stream none"
         )
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Run what comes after the layers; all of them must have been run, and the head be loaded.
+
+        Args:
+            hidden: `[n, H]`, what the last layer returned for some tokens.
+
+        Returns:
+            `[n, V]`.
+        """
+        embedding: Any = self.model.get_input_embeddings()
+        rows = hidden.to(self.device)[:, None]  # a sequence each, because nothing attends any more
+        last = len(self) - 1
+        for layer in range(last):
+            self.layers[layer].forward = self._handing_on(layer)
+        # Not what it gets: some models scale their embeddings before the first layer.
+        self.layers[last].forward = lambda *args, **kwargs: self._handing_on(last)(rows)
+        embedding.forward = lambda *args, **kwargs: rows
+        try:
+            ids = torch.zeros(rows.shape[:2], dtype=torch.int64, device=self.device)
+            output: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return output[:, 0]
+        finally:
+            for module in (*self.layers, embedding):
+                module.__dict__.pop("forward", None)
 
     @property
     def returned(self) -> dict[int, int]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from tenp import (
     adapter,
     dern,
@@ -31,6 +33,7 @@ from tenp import (
     running,
     scoring,
     sequential,
+    streamed_evaluation,
     verification,
 )
 from tenp import report as reporting
@@ -40,13 +43,16 @@ from tenp.errors import CheckpointError, InvalidArgument, Unsupported
 from tenp.evaluation import DomainEvaluation
 from tenp.execution import Execution
 from tenp.files import require_absent, require_space, write_atomically
+from tenp.layerwise import LayerwiseModel
 from tenp.model_card import Cost, model_card
 from tenp.plan import Plan
 from tenp.planning import Budget, UnderCovered
 from tenp.quantization import Int8
+from tenp.reading import Reader
 from tenp.reconstruction import Prediction
 from tenp.refitting import Refitting
 from tenp.running import Reporter, Run
+from tenp.samples import Samples
 from tenp.sequential import Narrowing
 from tenp.statistics import Statistics
 from tenp.text import TextDomain, read_domains
@@ -302,19 +308,51 @@ def _evaluate(
     report: Reporter | None = None,
 ) -> list[DomainEvaluation]:
     samples = running.samples_of(checkpoint, domains, dataclasses.replace(run, samples=None))
+    tokens = sum(domain.tokens() for domain in samples)
+    if run.execution.is_streamed(Group(), checkpoint):
+        return _evaluate_streamed(checkpoint, samples, tokens, run, reference, report)
     measured = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
     other = None
     if reference is not None:
         other = adapter.load_model(reference.directory, run.torch_dtype(), run.device)
-        if adapter.vocabulary(other) != adapter.vocabulary(measured):
-            raise InvalidArgument(
-                f"evaluate: the reference must have the vocabulary of the model, {adapter.vocabulary(measured)}, "
-                f"got {adapter.vocabulary(other)}"
-            )
-    progress = (
-        report("evaluate", sum(domain.tokens() for domain in samples), "tokens") if report else None
-    )
+        _require_vocabulary(measured, other)
+    progress = report("evaluate", tokens, "tokens") if report else None
     return evaluation.evaluate(measured, samples, other, run.batch_tokens, progress)
+
+
+def _evaluate_streamed(
+    checkpoint: Checkpoint,
+    samples: Sequence[Samples],
+    tokens: int,
+    run: Run,
+    reference: Checkpoint | None,
+    report: Reporter | None,
+) -> list[DomainEvaluation]:
+    models = []
+    for each in (checkpoint, reference):
+        if each is not None:
+            dtype = run.dtype_of(adapter.load_config(each.directory))
+            device = running.streaming_device(run.device)
+            models.append(LayerwiseModel(Reader(each), dtype, device))
+            _require_vocabulary(models[0].model, models[-1].model)
+    total = tokens * sum(map(len, models))
+    progress = report("evaluate", total, "token-layers") if report else None
+    return streamed_evaluation.evaluate(
+        models[0],
+        samples,
+        models[1] if reference is not None else None,
+        run.batch_tokens,
+        run.execution.stream or ("layers" if run.execution.memory is None else "experts"),
+        progress,
+    )
+
+
+def _require_vocabulary(measured: PreTrainedModel, reference: PreTrainedModel) -> None:
+    if adapter.vocabulary(reference) != adapter.vocabulary(measured):
+        raise InvalidArgument(
+            f"evaluate: the reference must have the vocabulary of the model, {adapter.vocabulary(measured)}, "
+            f"got {adapter.vocabulary(reference)}"
+        )
 
 
 @dataclass(frozen=True)

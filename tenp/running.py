@@ -74,6 +74,11 @@ class Run:
             )
         return getattr(torch, self.dtype)
 
+    def dtype_of(self, config: PreTrainedConfig) -> torch.dtype:
+        """Return the dtype to compute in when layers are read one by one."""
+        dtype = self.torch_dtype()
+        return dtype if isinstance(dtype, torch.dtype) else adapter.stored_dtype(config)
+
 
 def calibrate(
     checkpoint: Checkpoint,
@@ -108,15 +113,15 @@ def calibrate(
     }
     if run.execution.is_streamed(group, checkpoint):
         if run.second_pass:
-            raise Unsupported("a second pass needs the whole model in memory; use --stream none")
+            raise Unsupported(
+                "gradients need the whole model in memory; use --stream none, or criteria without a second pass"
+            )
         if run.self_generate:
             raise Unsupported(
-                "self_generate needs the whole model in memory; use --stream none, or calibrate on answers in a file"
+                "answers need the whole model in memory; use --stream none, or calibrate on answers in a file"
             )
         samples = samples_of(checkpoint, domains, run)
-        dtype = run.torch_dtype()
-        if not isinstance(dtype, torch.dtype):
-            dtype = adapter.stored_dtype(config)
+        dtype = run.dtype_of(config)
         settings["dtype"] = str(dtype).removeprefix("torch.")
         device = (
             f"cuda:{group.local_rank}" if run.device == "cuda" and group.size > 1 else run.device
@@ -128,7 +133,7 @@ def calibrate(
             settings,
             run.execution,
             dtype,
-            "cpu" if device == "auto" and not torch.cuda.is_available() else device,
+            streaming_device(device),
             group,
             work,
             functools.partial(_streaming_progress, report, checkpoint, samples),
@@ -155,6 +160,13 @@ def calibrate(
         second_pass.collect(model, samples, statistics, run.batch_tokens, progress)
     execution.keep_statistics(work, statistics)
     return statistics
+
+
+def streaming_device(device: str) -> str:
+    """Return the one device that layers are read to; `auto` is the GPU if there is one."""
+    if device != "auto":
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _announce(report: Reporter | None, text: str) -> None:

@@ -89,8 +89,8 @@ class _Recorded(Exception):
     """Ends a forward when the input of the experts is known."""
 
 
-class StreamedCalibration:
-    """One calibration, layer by layer.
+class StreamedRun:
+    """All batches through the layers of a model, one after another.
 
     Args:
         model: The model.
@@ -174,9 +174,7 @@ class StreamedCalibration:
             sums: The statistics of the layer, added to; None for a layer without routed experts.
         """
         model = self._model
-        if layer == 0:
-            model.set_embeddings(torch.cat([batch.ids.flatten() for batch in self._batches]))
-        model.load(layer)
+        self._load(layer)
         is_last = layer == self.last_layer
         dense: list[Tensor] = []
         if sums is None:
@@ -196,10 +194,38 @@ class StreamedCalibration:
             self._group.tell_all(sums)
         if is_last:
             outputs, dense = [], []
-        model.free(layer)
-        if layer == 0:
-            model.free_embeddings()
+        self._free(layer)
         self.hidden, self.dense = outputs or None, dense or None
+
+    def pass_layer(self, layer: int) -> None:
+        """Run all batches through a layer, whose experts may have any width, and measure nothing."""
+        self._load(layer)
+        if layer not in self._model.experts:
+            outputs = self._forward(layer, self.hidden)
+        else:
+            experts, read = self._model.experts[layer], self._model.expert_reader(layer)
+            if self._stream == "experts":
+                routed = self._record(layer, experts, self.hidden)
+                results = self._room_for_results(routed)
+                self._run_experts(experts, read, routed, results)
+                del routed
+                outputs = self._forward(layer, self.hidden, _returning(results))
+            else:
+                apart = [self._alone(experts, read(e)) for e in range(experts.num_experts)]
+                with self._model.cached(layer + 1):
+                    outputs = self._forward(layer, self.hidden, self._computing(experts, apart))
+        self._free(layer)
+        self.hidden = outputs
+
+    def _load(self, layer: int) -> None:
+        if layer == 0:
+            self._model.set_embeddings(torch.cat([batch.ids.flatten() for batch in self._batches]))
+        self._model.load(layer)
+
+    def _free(self, layer: int) -> None:
+        self._model.free(layer)
+        if layer == 0:
+            self._model.free_embeddings()
 
     def _sums(self, sums: LayerStatistics, batch: Batch) -> LayerStatistics:
         """Return what a batch adds to: the sums, or numbers of its own that are added in order later."""
@@ -255,6 +281,27 @@ class StreamedCalibration:
                 routed = route(experts, hidden, index, weights, batch.attended.to(hidden.device))
                 out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
                 add_experts(experts, routed, self._sums(sums, batch), out)
+                return out.to(hidden.dtype)
+
+            return compute
+
+        return of_batch
+
+    def _computing(
+        self, experts: Experts, apart: Sequence[Experts]
+    ) -> Callable[[int], Callable[..., Tensor]]:
+        """Batch to a function that computes what the experts do, each in a module of its own."""
+
+        def of_batch(number: int) -> Callable[..., Tensor]:
+            batch = self._batches[number]
+
+            def compute(
+                module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor
+            ) -> Tensor:
+                routed = route(experts, hidden, index, weights, batch.attended.to(hidden.device))
+                out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+                for expert, one in enumerate(apart):
+                    run_expert(one, routed, out, expert)
                 return out.to(hidden.dtype)
 
             return compute
@@ -471,8 +518,8 @@ def collect(
         work: Keeps finished layers; those that it has already are not run again.
         group: The processes that share the batches; this one alone if not given.
         second_moments: As in calibration in memory.
-        successors: As in `StreamedCalibration`.
-        against_dense: As in `StreamedCalibration`; needs `second_moments`.
+        successors: As in `StreamedRun`.
+        against_dense: As in `StreamedRun`; needs `second_moments`.
 
     Returns:
         The same bits as calibration in memory with the same dtype and batches, in every process.
@@ -482,7 +529,7 @@ def collect(
     """
     layers = list(model.experts.values())
     samples, statistics = begin(layers, samples, source, settings, second_moments, against_dense)
-    run = StreamedCalibration(
+    run = StreamedRun(
         model,
         make_batches(samples, batch_tokens),
         stream,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import tenp
-from support.fixtures import Command, Tiny, files_of
+from support.fixtures import Command, Tiny, files_of, write_text
 from tenp import adapter, execution, repair, running, streaming
 from tenp.errors import CheckpointError
 from tenp.execution import Execution
@@ -28,10 +27,7 @@ HOW = {"dense": None, "own": Options(), "against": Options(against_dense=True)}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    lines = (f"line {number}: " + "abcdefghij"[number % 10] * 3 for number in range(40))
-    path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    return path
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -1,40 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calibration layer by layer gives the bits of calibration in memory."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from support.fixtures import Command, Tiny, files_of
+from support.fixtures import Command, Tiny, files_of, write_text
 from support.tiny_models import FAMILIES, make_samples, save_model
 from tenp import (
     adapter,
     calibration,
+    evaluation,
     memory,
+    pipeline,
     pruning,
+    streamed_evaluation,
     streaming,
     verification,
 )
 from tenp.checkpoint import Checkpoint
+from tenp.cli import display
 from tenp.errors import CheckpointError
 from tenp.layerwise import LayerwiseModel
+from tenp.pipeline import Pruned
+from tenp.planning import Budget
 from tenp.reading import Reader
+from tenp.statistics import Statistics
 from tenp.storage import Storage
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_statistics_are_those_of_a_run_in_memory(family: str, tmp_path: Path) -> None:
+def test_streamed_statistics_and_figures_are_those_of_a_run_in_memory(
+    family: str, tmp_path: Path
+) -> None:
     checkpoint = Checkpoint(save_model(tmp_path / "model", family))
     source = pruning.source_of(checkpoint)
     samples = [make_samples("prose", seed=0), make_samples("code", (25, 50), seed=1)]
     model = adapter.load_model(checkpoint.directory, torch.float32)
     expected = calibration.collect(model, samples, source, batch_tokens=100)
+    figures = evaluation.evaluate(model, samples, batch_tokens=100)
     for stream in ("layers", "experts"):
         layerwise = LayerwiseModel(Reader(checkpoint), torch.float32)
         streamed = streaming.collect(layerwise, samples, source, batch_tokens=100, stream=stream)
         assert streamed.digest() == expected.digest()
+        found = streamed_evaluation.evaluate(layerwise, samples, batch_tokens=100, stream=stream)
+        for ours, theirs in zip(found, figures, strict=True):
+            assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-5)
 
 
 def test_a_model_pruned_from_another_is_refused(
@@ -122,3 +136,84 @@ def test_streamed_pruning_writes_what_pruning_in_memory_does(
     assert command(*options, "--out", tmp_path / "one").code == 0
     assert command(*options, "--stream", "experts", "--out", tmp_path / "two").code == 0
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.jsonl")
+
+
+@pytest.fixture(scope="module")
+def in_memory(tiny: Tiny, text: Path) -> Pruned:
+    """What the commands below must find, whatever their options."""
+    return pipeline.prune(tiny.directory, [text], None, Budget(0.5))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--stream none --work-dir WORK --quiet",
+        "--stream layers --offload device",
+        "--stream experts --offload disk --work-dir WORK",
+        "--memory 2GiB --offload ram --quiet",
+    ],
+)
+def test_calibrate_and_prune_take_the_same_options(
+    tiny: Tiny, text: Path, in_memory: Pruned, command: Command, options: str, tmp_path: Path
+) -> None:
+    """`tests/test_distributed.py` has several processes, `tests/test_sequential.py` --sequential."""
+    plan = json.loads(json.dumps(display.plan_summary(in_memory.plan)))
+    for name in ("calibrate", "prune"):
+        more = options.replace("WORK", str(tmp_path / f"work-{name}")).split(" ")
+        more += ["--out", tmp_path / "s"] if name == "calibrate" else ["--keep", 0.5, "--dry-run"]
+        result = command(name, tiny.directory, "--calibration", text, "--json", *more)
+        assert result.code == 0
+        events = [json.loads(line) for line in result.err.splitlines() if line.startswith("{")]
+        assert bool(events) == ("--quiet" not in options)
+        for event in events[-1:]:
+            assert (event["stage"], event["done"]) == ("calibrate", event["total"])
+        if name == "prune":
+            assert result.json()["plan"] == plan
+    assert Statistics.load(tmp_path / "s").digest() == in_memory.statistics.digest()
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("calibrate", ["--second-pass"], "gradients need the whole model in memory"),
+        ("calibrate", ["--self-generate", 4], "answers need the whole model in memory"),
+        (
+            "prune",
+            ["--keep", 0.5, "--neurons", "heapr"],
+            "gradients need the whole model in memory",
+        ),
+        ("prune", ["--keep", 0.5, "--self-generate", 4], "answers need the whole model in memory"),
+    ],
+)
+def test_what_needs_the_whole_model_is_refused_when_it_is_streamed(
+    tiny: Tiny,
+    text: Path,
+    command: Command,
+    name: str,
+    options: list[object],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    given = [tiny.directory, "--calibration", text, "--stream", "layers", "--out", tmp_path / "out"]
+    result = command(name, *given, *options)
+    assert result.code == 2
+    assert message in result.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pruned_model_is_evaluated_layer_by_layer(
+    tiny: Tiny, text: Path, command: Command
+) -> None:
+    evaluate = ["evaluate", tiny.pruned, "--data", text, "--reference", tiny.directory, "--json"]
+    [expected] = command(*evaluate, "--quiet").json()
+    [layers] = command(*evaluate, "--quiet", "--stream", "layers").json()
+    [experts] = command(*evaluate, "--quiet", "--stream", "experts").json()
+    assert layers == experts
+    assert layers.pop("domain") == expected.pop("domain")
+    assert layers == pytest.approx(expected, rel=1e-4)
+    assert expected["divergence"] > 1e-4

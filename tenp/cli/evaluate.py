@@ -25,12 +25,27 @@ def command(
     batch_tokens: options.BatchTokens = 4096,
     dtype: options.DType = "auto",
     device: options.Device = "cpu",
+    stream: Annotated[
+        options.StreamName | None,
+        typer.Option(
+            help="What is in memory at a time: none holds the whole model, and the reference; layers one decoder "
+            "layer; experts one layer without its routed experts.",
+            show_default="none",
+        ),
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Measure a model, dense or pruned, on text."""
-    run = pipeline.Run(None, max_length, batch_tokens, dtype=dtype, device=device)
-    with display.progress(quiet) as report:
+    run = pipeline.Run(
+        None,
+        max_length,
+        batch_tokens,
+        dtype=dtype,
+        device=device,
+        execution=options.execution(stream),
+    )
+    with display.progress(quiet, json) as report:
         evaluations = pipeline.evaluate(model, data, run, reference, report)
     if json:
         display.print_json(display.evaluation_rows(evaluations))

@@ -132,15 +132,15 @@ class OffloadName(str, Enum):
 
 
 def execution(
-    stream: StreamName | None,
-    memory: str | None,
-    offload: OffloadName | None,
-    work_dir: Path | None,
+    stream: StreamName | None = None,
+    memory: str | None = None,
+    offload: OffloadName | None = None,
+    work_dir: Path | None = None,
     pruned: Path | None = None,
     sequential: bool = False,
     against_dense: bool = False,
 ) -> Execution:
-    """Return the options that say how a calibration is carried out.
+    """Return the options that say how a model is run.
 
     Raises:
         InvalidArgument: They contradict each other.

@@ -104,7 +104,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
     """Some calibration text: enough for every expert of the tiny model to see tokens."""
-    path = tmp_path / "text.jsonl"
+    return write_text(tmp_path / "text.jsonl")
+
+
+def write_text(path: Path) -> Path:
+    """Write the lines of `text_file`, and return the path."""
     lines = (f"line {number}: " + "abcdefghij"[number % 10] * 3 for number in range(40))
     path.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return path
