@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from kill_sweep import sweep
 from support.fixtures import Command, Tiny, files_of
-from support.kills import run_and_die
-from tenp import execution
+from support.kills import STAGES, run_and_die
+from tenp import execution, pipeline
 from tenp.errors import CheckpointError
+from tenp.planning import Budget
 from tenp.workdir import WorkDirectory
 
 
@@ -47,25 +50,22 @@ def _stop_after_layer_1(
         assert "stopped" in command(*prune).err
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(prune: list[object], tmp_path: Path) -> None:
-    code, moments = run_and_die(prune)
-    assert code == 0
-    expected = files_of(tmp_path / "out")
-    for share in (0.3, 0.75, 0.97):
-        _restart(tmp_path)
-        code, _ = run_and_die(prune, int(share * moments))
-        assert code == -signal.SIGKILL
-        code, left = run_and_die(prune)
-        assert code == 0
-        assert left < moments
-        assert files_of(tmp_path / "out") == expected
-        assert not list(tmp_path.glob(".out*"))
-
-
-def test_a_killed_apply_goes_on_to_the_same_bytes(
-    tiny: Tiny, command: Command, tmp_path: Path
+def test_a_run_killed_in_any_stage_goes_on_to_the_same_bytes(
+    prune: list[object], tmp_path: Path
 ) -> None:
-    tiny.plan.save(tmp_path / "plan.json")
+    """`tests/kill_sweep.py` kills more often, and more commands."""
+    directory = tmp_path / "runs"
+    directory.mkdir()
+    found = list(sweep(prune[: prune.index("--work-dir")], directory, 1, random.Random(0)))
+    assert [(kill.stage, kill.wrong) for kill in found] == [(stage, "") for stage in STAGES]
+
+
+@pytest.mark.parametrize("method", ["tenp", "drop"])
+def test_a_killed_apply_goes_on_to_the_same_bytes(
+    tiny: Tiny, command: Command, method: str, tmp_path: Path
+) -> None:
+    drop = pipeline.plan(tiny.statistics, Budget(0.5, "drop"))
+    (tiny.plan if method == "tenp" else drop).save(tmp_path / "plan.json")
     apply = ["apply", tiny.directory, tmp_path / "plan.json", "--quiet", "--no-verify"]
     assert command(*apply, "--out", tmp_path / "expected").code == 0
     resumed = [*apply, "--work-dir", tmp_path / "work", "--out", tmp_path / "out"]
