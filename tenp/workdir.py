@@ -29,6 +29,8 @@ from tenp.files import write_atomically
 
 FORMAT_VERSION = 1
 
+_KEPT = "all finished layers are kept: make room and run the same command again"
+
 
 @dataclass(frozen=True)
 class FinishedLayer:
@@ -116,7 +118,7 @@ class WorkDirectory:
         wanted = json.loads(json.dumps(wanted))
         if not path.exists():
             if self.rank == 0:
-                write_atomically(path, (json.dumps(wanted, indent=2) + "\n").encode())
+                self._write(path, (json.dumps(wanted, indent=2) + "\n").encode())
             return
         try:
             found = json.loads(path.read_text())
@@ -143,7 +145,7 @@ class WorkDirectory:
         """Keep a finished layer. Its hidden states must be saved before."""
         metadata = {"tenp": json.dumps({"layer": layer, **facts}, sort_keys=True)}
         content = {name: tensor.cpu().contiguous() for name, tensor in sorted(tensors.items())}
-        write_atomically(self._layer_path(layer), save(content, metadata=metadata))
+        self._write(self._layer_path(layer), save(content, metadata=metadata))
 
     def load_layer(self, layer: int) -> FinishedLayer:
         """Return a finished layer.
@@ -180,10 +182,7 @@ class WorkDirectory:
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{path} cannot be written: {error.strerror}; all finished layers are kept: "
-                "make room and run the same command again"
-            ) from error
+            raise CheckpointError(f"{path} cannot be written: {error.strerror}; {_KEPT}") from error
         dtype = str(hidden[0].dtype).removeprefix("torch.")
         return {
             "dtype": dtype,
@@ -239,7 +238,13 @@ class WorkDirectory:
 
     def write_note(self, name: str, content: Mapping[str, Any]) -> None:
         """Keep a small JSON file."""
-        write_atomically(self.path / f"{name}.json", (json.dumps(content) + "\n").encode())
+        self._write(self.path / f"{name}.json", (json.dumps(content) + "\n").encode())
+
+    def _write(self, path: Path, content: bytes) -> None:
+        try:
+            write_atomically(path, content)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}; {_KEPT}") from error
 
     def _layer_path(self, layer: int) -> Path:
         return self.path / f"layer-{layer:04}.safetensors"

@@ -25,14 +25,7 @@ def command(
     batch_tokens: options.BatchTokens = 4096,
     dtype: options.DType = "auto",
     device: options.Device = "cpu",
-    stream: Annotated[
-        options.StreamName | None,
-        typer.Option(
-            help="What is in memory at a time: none holds the whole model, and the reference; layers one decoder "
-            "layer; experts one layer without its routed experts.",
-            show_default="none",
-        ),
-    ] = None,
+    stream: options.EvaluationStream = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:

@@ -328,6 +328,14 @@ Stream = Annotated[
         show_default="what fits --memory, else none",
     ),
 ]
+EvaluationStream = Annotated[
+    StreamName | None,
+    _memory(
+        help="What is in memory at a time: none holds the whole model and its reference, layers one decoder layer, "
+        "experts one layer without its routed experts.",
+        show_default="none",
+    ),
+]
 Memory = Annotated[
     str | None,
     _memory(
