@@ -3,6 +3,7 @@
 
 #include "core/backend.h"
 #include "core/dispatch.h"
+#include "cuda/alignment.h"
 #include "cuda/device/reduce.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/row_sums.h"
@@ -102,11 +103,9 @@ void row_norms(
     const std::int64_t stride = outputs.stride[0];
     dispatch(outputs.dtype, Floats{}, [&]<class T>() {
         const auto* first = data<const T>(outputs);
-        const bool is_aligned = reinterpret_cast<std::uintptr_t>(first) % 16 == 0 &&
-                                stride * static_cast<std::int64_t>(sizeof(T)) % 16 == 0;
         launch_persistent(
             row_norms_kernel<T>, (rows + kWarps - 1) / kWarps, {.threads = kThreads}, stream, first,
-            stride, outputs.shape[1], is_aligned, offsets, experts, norms
+            stride, outputs.shape[1], rows_are_aligned(first, stride), offsets, experts, norms
         );
     });
 }

@@ -3,6 +3,7 @@
 
 #include "core/backend.h"
 #include "core/dispatch.h"
+#include "cuda/alignment.h"
 #include "cuda/device/reduce.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/row_sums.h"
@@ -128,17 +129,16 @@ void accumulate_direction_change(const DirectionChangeArgs& args, Stream stream)
     auto* changes = workspace.take<double>(rows);
     const auto* offsets = data<const std::int32_t>(args.offsets);
     dispatch(args.hidden.dtype, Floats{}, [&]<class T>() {
-        const auto is_aligned = [](const TensorView& view) {
-            return reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
-                   view.stride[0] * static_cast<std::int64_t>(sizeof(T)) % 16 == 0;
-        };
+        const auto* hidden = data<const T>(args.hidden);
+        const auto* outputs = data<const T>(args.outputs);
         const Rows<T> row_args{
-            .hidden = data<const T>(args.hidden),
+            .hidden = hidden,
             .hidden_stride = args.hidden.stride[0],
-            .outputs = data<const T>(args.outputs),
+            .outputs = outputs,
             .outputs_stride = args.outputs.stride[0],
             .hidden_size = static_cast<int>(args.hidden.shape[1]),
-            .is_aligned = is_aligned(args.hidden) && is_aligned(args.outputs),
+            .is_aligned = rows_are_aligned(hidden, args.hidden.stride[0]) &&
+                          rows_are_aligned(outputs, args.outputs.stride[0]),
             .tokens = data<const std::int32_t>(args.tokens),
             .gates = data<const float>(args.gates),
             .offsets = offsets,

@@ -6,6 +6,7 @@
 
 #include "core/backend.h"
 #include "core/dispatch.h"
+#include "cuda/alignment.h"
 #include "cuda/device/block_product.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/row_chunks.cuh"

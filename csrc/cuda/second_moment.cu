@@ -3,6 +3,7 @@
 
 #include "core/backend.h"
 #include "core/dispatch.h"
+#include "cuda/alignment.h"
 #include "cuda/device/block_product.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/launch.cuh"

@@ -3,6 +3,7 @@
 
 #include "core/backend.h"
 #include "core/dispatch.h"
+#include "cuda/alignment.h"
 #include "cuda/expert_gemm/layer.h"
 
 namespace tenp::cuda {
@@ -13,13 +14,10 @@ void expert_activations(const ExpertActivationsArgs& args, Stream stream) {
         return;
     }
     dispatch(args.hidden.dtype, Floats{}, [&]<class T>() {
-        const auto is_aligned = [](const TensorView& view, std::size_t axes) {
-            bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0;
-            for (std::size_t axis = 0; axis < axes; ++axis) {
-                const auto bytes = view.stride.at(axis) * static_cast<std::int64_t>(sizeof(T));
-                aligned = aligned && bytes % 16 == 0;
-            }
-            return aligned;
+        const auto weights_are_aligned = [](const TensorView& view) {
+            const auto* first = data<const T>(view);
+            return rows_are_aligned(first, view.stride[0]) &&
+                   rows_are_aligned(first, view.stride[1]);
         };
         const bool is_gated = args.gate.data != nullptr;
         Layer<T> layer{};
@@ -38,13 +36,15 @@ void expert_activations(const ExpertActivationsArgs& args, Stream stream) {
         layer.activation = args.activation;
         layer.limit = args.limit;
         layer.alpha = args.alpha;
-        layer.is_aligned = is_aligned(args.hidden, 1) && is_aligned(args.up, 2) &&
-                           (!is_gated || is_aligned(args.gate, 2));
+        layer.is_aligned = rows_are_aligned(layer.hidden, layer.hidden_stride) &&
+                           weights_are_aligned(args.up) &&
+                           (!is_gated || weights_are_aligned(args.gate));
         layer.offsets = const_cast<std::int32_t*>(data<const std::int32_t>(args.offsets));
         layer.slots = const_cast<std::int32_t*>(data<const std::int32_t>(args.slots));
         layer.activations = data<T>(args.activations);
         layer.activations_stride = args.activations.stride[0];
-        layer.activations_are_aligned = is_aligned(args.activations, 1);
+        layer.activations_are_aligned =
+            rows_are_aligned(layer.activations, layer.activations_stride);
         run_activations(layer, rows, is_gated, args.workspace.data, stream);
     });
 }

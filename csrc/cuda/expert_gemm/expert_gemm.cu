@@ -6,16 +6,11 @@
 
 #include "core/backend.h"
 #include "core/dispatch.h"
+#include "cuda/alignment.h"
 #include "cuda/expert_gemm/layer.h"
 
 namespace tenp::cuda {
 namespace {
-
-template <class T>
-bool rows_start_aligned(const TensorView& view) {
-    return reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
-           view.stride[0] * static_cast<std::int64_t>(sizeof(T)) % 16 == 0;
-}
 
 template <class T>
 Layer<T> layer_of(const ExpertGemmArgs& args) {
@@ -49,12 +44,9 @@ Layer<T> layer_of(const ExpertGemmArgs& args) {
     layer.activation = args.activation;
     layer.limit = args.limit;
     layer.alpha = args.alpha;
-    const auto weights_are_aligned = [&](const TensorView& view) {
-        return reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
-               hidden_size * static_cast<std::int64_t>(sizeof(T)) % 16 == 0;
-    };
-    layer.is_aligned = rows_start_aligned<T>(args.hidden) && weights_are_aligned(args.gate_up) &&
-                       weights_are_aligned(args.down);
+    layer.is_aligned = rows_are_aligned(layer.hidden, layer.hidden_stride) &&
+                       rows_are_aligned(gate_up, hidden_size) &&
+                       rows_are_aligned(layer.down, hidden_size);
     return layer;
 }
 
