@@ -172,14 +172,14 @@ template <class T>
 __global__ void __launch_bounds__(256) row_facts_kernel(Batch<T> batch) {
     const int last = batch.offsets[batch.experts];
     const int step = static_cast<int>(gridDim.x) * 256;
-    for (int row = batch.offsets[0] + static_cast<int>(blockIdx.x * 256 + threadIdx.x); row < last;
-         row += step) {
+    for (std::int64_t row = batch.offsets[0] + static_cast<int>(blockIdx.x * 256 + threadIdx.x);
+         row < last; row += step) {
         double xx = 0;
         double xy = 0;
         double yy = 0;
         for (int block = 0; block < batch.column_blocks(); ++block) {
             const float* products =
-                batch.products + (std::int64_t{row} * batch.column_blocks() + block) * kProducts;
+                batch.products + (row * batch.column_blocks() + block) * kProducts;
             xx += products[0];
             xy += products[1];
             yy += products[2];

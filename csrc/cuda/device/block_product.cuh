@@ -191,9 +191,10 @@ class BlockProduct {
             }
         }
         const int k = first_k + thread % 4 * kChunk;
-        const int valid = right_row != nullptr ? depth - k : 0;
+        const bool is_row = right_row != nullptr;
         copy_chunk(
-            stage + kLeftBytes + swizzled(thread / 4, thread % 4), right_row + k, valid, is_aligned
+            stage + kLeftBytes + swizzled(thread / 4, thread % 4), is_row ? right_row + k : nullptr,
+            is_row ? depth - k : 0, is_aligned
         );
     }
 
