@@ -35,11 +35,10 @@ void launch_streams(const Layer<T>& layer, const StreamBuffers& buffers, Stream 
         (active + slots / kPassRows) * ((layer.max_width + kUnitNeurons - 1) / kUnitNeurons);
     const std::int64_t column_units =
         active * ((layer.hidden_size + kUnitColumns - 1) / kUnitColumns);
-    constexpr std::size_t kPartials =
-        sizeof(float) * kWarps * (kGated ? 2 : 1) * kPassRows * kUnitNeurons;
     launch_persistent(
         stream_activations_kernel<T, kGated>, neuron_units,
-        {.threads = kThreads, .shared_bytes = kPartials + routing_bytes}, stream, layer, buffers
+        {.threads = kThreads, .shared_bytes = kWarps * sizeof(PartialSums<kGated>) + routing_bytes},
+        stream, layer, buffers
     );
     launch_persistent(
         stream_outputs_kernel<T>, column_units,

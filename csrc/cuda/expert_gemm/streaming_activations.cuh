@@ -13,6 +13,11 @@ constexpr int kUnitNeurons = 16;
 constexpr int kPassRows = 32;  // rows of one pass over a unit's weights, four 8-wide products
 constexpr int kPassTiles = kPassRows / 8;
 
+/// What a warp adds to the sums of a unit, in shared memory. Two rows lie 8 banks apart, so that
+/// the lanes of a warp, which have 4 pairs of rows x 8 neurons, store to 32 different banks.
+template <bool kGated>
+using PartialSums = float[kGated ? 2 : 1][kPassRows][kUnitNeurons + 4];
+
 /// m = act(W_g x + b_g) * (W_u x + b_u), as activations_kernel, for few rows.
 /// Grid: any number of blocks. Units of 16 neurons and up to 32 rows of an expert are cut into
 /// equal shares, one a block; its 8 warps split the depth of a unit.
@@ -25,8 +30,7 @@ __global__ void __launch_bounds__(kThreads) stream_activations_kernel(
     Layer<T> layer, StreamBuffers buffers
 ) {
     constexpr int kMatrices = kGated ? 2 : 1;
-    using PartialSums = float[kMatrices][kPassRows][kUnitNeurons];
-    auto* partials = shared_memory<PartialSums>();  // [warps]
+    auto* partials = shared_memory<PartialSums<kGated>>();  // [warps]
     SmallRouting routing(partials + kWarps, layer.experts, layer.tokens * layer.per_token);
     const int thread = static_cast<int>(threadIdx.x);
     const int warp = thread / 32;
@@ -119,10 +123,12 @@ __global__ void __launch_bounds__(kThreads) stream_activations_kernel(
         for (int matrix = 0; matrix < kMatrices; ++matrix) {
 #pragma unroll
             for (int n = 0; n < kPassTiles; ++n) {
+                if (n == 0 || 8 * n < rows) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    partials[warp][matrix][8 * n + 2 * m + i % 2][g + i / 2 * 8] =
-                        sums[matrix][n][i];
+                    for (int i = 0; i < 4; ++i) {
+                        partials[warp][matrix][8 * n + 2 * m + i % 2][g + i / 2 * 8] =
+                            sums[matrix][n][i];
+                    }
                 }
             }
         }
