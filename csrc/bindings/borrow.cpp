@@ -82,6 +82,7 @@ Borrowed::Borrowed(const std::string& op, const std::string& argument, const py:
         tensor.data == nullptr ? nullptr : static_cast<char*>(tensor.data) + tensor.byte_offset;
     view_.dtype = *dtype;
     view_.device = *device;
+    view_.device_index = *device == Device::kCuda ? tensor.device.device_id : 0;
     view_.rank = tensor.ndim;
     std::int64_t packed = 1;
     for (std::size_t axis = rank; axis-- > 0;) {

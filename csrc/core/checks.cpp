@@ -49,6 +49,11 @@ bool is_packed(const TensorView& view, std::int32_t axes) {
     return true;
 }
 
+std::string device_text(Device device, std::int32_t index) {
+    const std::string name = device_name(device);
+    return device == Device::kCuda ? name + ":" + std::to_string(index) : name;
+}
+
 struct ByteRange {
     std::uintptr_t first = 0;
     std::uintptr_t last = 0;  // one past the end
@@ -130,8 +135,11 @@ void Checks::array(
     Named array, DType dtype, std::initializer_list<std::int64_t> shape, Layout layout
 ) const {
     const TensorView& view = array.view;
-    if (view.device != device_) {
-        fail(array.name, std::string("on ") + device_name(device_), device_name(view.device));
+    if (view.device != device_ || view.device_index != device_index_) {
+        fail(
+            array.name, "on " + device_text(device_, device_index_),
+            device_text(view.device, view.device_index)
+        );
     }
     if (view.dtype != dtype) {
         fail(array.name, dtype_name(dtype), dtype_name(view.dtype));

@@ -32,7 +32,10 @@ std::string shape_text(std::initializer_list<std::int64_t> shape);
 class Checks {
  public:
     /// The op's name starts every message; all arrays must be on the device of `first`.
-    Checks(std::string_view op, const TensorView& first) : op_(op), device_(first.device) {}
+    Checks(std::string_view op, const TensorView& first)
+        : op_(op),
+          device_(first.device),
+          device_index_(first.device_index) {}
 
     Device device() const noexcept { return device_; }
 
@@ -81,6 +84,7 @@ class Checks {
  private:
     std::string op_;
     Device device_;
+    std::int32_t device_index_;
 };
 
 }  // namespace tenp

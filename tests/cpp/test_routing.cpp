@@ -75,7 +75,13 @@ TEST_CASE("route refuses what does not fit and says how") {
           }) == "route: expert_ids must be 2-dimensional, got 1");
     CHECK(refusal_of([](RoutingArgs& args) {
               args.offsets.device = Device::kCuda;
-          }) == "route: offsets must be on cpu, got cuda");
+          }) == "route: offsets must be on cpu, got cuda:0");
+    CHECK(refusal_of([](RoutingArgs& args) {
+              for (TensorView* array : {&args.expert_ids, &args.offsets, &args.slots, &args.rows}) {
+                  array->device = Device::kCuda;
+              }
+              args.slots.device_index = 1;
+          }) == "route: slots must be on cuda:0, got cuda:1");
     CHECK(refusal_of([](RoutingArgs& args) {
               args.offsets.stride[0] = 2;
           }) == "route: offsets must be contiguous, got strides [2]");

@@ -49,6 +49,7 @@ struct TensorView {
     std::int32_t rank = 0;
     std::array<std::int64_t, 4> shape{};
     std::array<std::int64_t, 4> stride{};
+    std::int32_t device_index = 0;  ///< which CUDA device
 };
 
 /// A row-major view of `shape` at `data`.
