@@ -29,8 +29,10 @@ KERNELS = [
     "expert_sums_kernel",
     "expert_totals_kernel",
     "input_energy_kernel",
+    "multiply_kernel",
     "outputs_kernel",
     "place_kernel",
+    "read_kernel",
     "route_kernel",
     "row_changes_kernel",
     "row_facts_kernel",
@@ -51,7 +53,7 @@ def main() -> int:
     parser.add_argument("--archs", nargs="+", default=_ALL_ARCHS)
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    sources = sorted((_ROOT / "csrc/cuda").rglob("*.cu"))
+    sources = [*sorted((_ROOT / "csrc/cuda").rglob("*.cu")), _ROOT / "benchmarks/gpu_ceilings.cu"]
     work = [(source, arch) for arch in arguments.archs for source in sources]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         reports = list(pool.map(lambda item: _compile(*item), work))

@@ -3,7 +3,8 @@
 
 None of them knows experts of different widths: all are given the weights padded with zeros to the
 widest expert. Each is a call on the tensors of `expert_gemm`, or a sentence that says why it cannot
-be had here.
+be had here. A fused MoE in Triton is not among them: it would have to be written and tuned first, on
+a GPU.
 """
 
 from __future__ import annotations
