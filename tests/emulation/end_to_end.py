@@ -51,6 +51,7 @@ def test_the_kernels_give_the_statistics_the_plan_and_the_result_of_the_cpu(
     if "emulation" not in str(sys.modules["tenp._C"].__file__):
         pytest.skip("run_op_tests.py runs this")
     environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
+    environment.pop("LD_PRELOAD", None)  # of sanitizers, which the ordinary module does not have
     code = (
         "import runpy, pathlib; "
         f"runpy.run_path({str(__file__)!r})['do'](pathlib.Path({str(tmp_path / 'cpu.pt')!r}), 'cpu')"

@@ -8,9 +8,14 @@
 The native module of that build, whose CPU arrays go through emulated CUDA kernels, takes the place of
 `tenp._C`; the tests are those of tests/ops. This file is also the plugin of pytest that puts it there,
 in every process that runs tests.
+
+With -DTENP_SANITIZE=address,undefined the same commands run under AddressSanitizer, which then sees every
+access outside an array of torch, too.
 """
 
 import os
+import re
+import subprocess
 import sys
 from importlib import util
 from pathlib import Path
@@ -33,6 +38,31 @@ def main(build_dir: str, *arguments: str) -> int:
     return int(pytest.main([*options, *(arguments or everything)]))
 
 
+def start_sanitized(build_dir: str) -> None:
+    """When the module of `build_dir` is sanitized: start this process again, with what it needs.
+
+    The runtime of AddressSanitizer comes before all other libraries, as it takes the place of
+    malloc, and libstdc++ next, as it looks for what throws exceptions when it starts.
+    """
+    cache = (Path(build_dir) / "CMakeCache.txt").read_text()
+    compiler = re.search(r"^CMAKE_CXX_COMPILER:\w+=(.*)$", cache, re.MULTILINE)
+    if compiler is None or not re.search(r"^TENP_SANITIZE:\w+=.*address", cache, re.MULTILINE):
+        return
+    names = ("libasan.so", "libstdc++.so.6")
+    libraries = [
+        subprocess.run(
+            [compiler[1], f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        for name in names
+    ]
+    if os.environ.get("LD_PRELOAD") == ":".join(libraries):
+        return
+    os.environ["LD_PRELOAD"] = ":".join(libraries)
+    os.environ["ASAN_OPTIONS"] = "detect_leaks=0"  # Python keeps what it has to the end
+    os.environ["UBSAN_OPTIONS"] = "print_stacktrace=1"
+    os.execv(sys.executable, [sys.executable, *sys.argv])
+
+
 def pytest_load_initial_conftests() -> None:
     """Put the module there before anything imports tenp."""
     (library,) = Path(os.environ[_BUILD_VARIABLE]).glob("_C.*.so")
@@ -45,4 +75,5 @@ def pytest_load_initial_conftests() -> None:
 
 
 if __name__ == "__main__":
+    start_sanitized(sys.argv[1])
     sys.exit(main(*sys.argv[1:]))
