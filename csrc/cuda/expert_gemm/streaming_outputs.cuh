@@ -20,7 +20,7 @@ __device__ __forceinline__ void add_neurons(
     int hidden_size,
     int columns,
     const T* activations,  // [kRows, W_e]
-    std::int64_t activations_stride,
+    int activations_stride,
     int rows,
     int width
 ) {
@@ -29,7 +29,7 @@ __device__ __forceinline__ void add_neurons(
     const int column = lane % 8 * 8;
     const bool is_inside = column < columns;
     float sums[kRows][8] = {};
-#pragma unroll(kRows > 4 ? 2 : 4)  // more rows, fewer loads ahead: 128 registers
+#pragma unroll(kRows > 4 ? 1 : 4)  // more rows, fewer loads ahead: 128 registers
     for (int neuron = 4 * warp + lane / 8; neuron < width; neuron += 4 * kWarps) {
         const uint4 bits = is_inside
                                ? load_streaming(down + std::int64_t{neuron} * hidden_size + column)
@@ -73,10 +73,11 @@ constexpr int kOutputRows = 8;  // of one pass over a unit's weights
 /// its own number, then whatever is next; who computes a unit changes no result.
 /// A lane owns 8 columns and every 32nd neuron (see add_neurons), 8 rows at a time.
 /// Shared memory: the warps' parts of the sums, the tokens completed, the sorted slots.
+/// Two blocks share a multiprocessor, and have 32 KiB of weights on their way when rows are few.
 /// Holds: arrivals and taken start at 0; rows of down start at multiples of 16 bytes, H is a
 /// multiple of 8. m and y come from other multiprocessors: nothing of them is cached before.
 template <class T>
-__global__ void __launch_bounds__(kThreads) stream_outputs_kernel(
+__global__ void __launch_bounds__(kThreads, 2) stream_outputs_kernel(
     Layer<T> layer, StreamBuffers buffers
 ) {
     auto* partials = shared_memory<float>();  // [warps, 8, 64]
@@ -119,7 +120,8 @@ __global__ void __launch_bounds__(kThreads) stream_outputs_kernel(
             const int width = layer.width(expert);
             const auto add = [&]<int kRows>() {
                 add_neurons<kRows>(
-                    partials, down, hidden_size, columns, m, layer.activations_stride, rows, width
+                    partials, down, hidden_size, columns, m,
+                    static_cast<int>(layer.activations_stride), rows, width
                 );
             };
             const int stored_rows = rows == 1 ? 1 : rows == 2 ? 2 : rows <= 4 ? 4 : 8;
