@@ -3,6 +3,7 @@
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,20 @@ def test_streamed_statistics_and_figures_are_those_of_a_run_in_memory(
         found = streamed_evaluation.evaluate(layerwise, samples, batch_tokens=100, stream=stream)
         for ours, theirs in zip(found, figures, strict=True):
             assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-6)
+
+
+def test_what_stands_in_for_the_experts_is_let_go_afterwards(tiny: Tiny) -> None:
+    """It refers to the weights of a layer: the next layer's would come on top of them."""
+    model = adapter.load_model(tiny.directory)
+
+    def function(*args: torch.Tensor) -> torch.Tensor:
+        return args[1]
+
+    kept = weakref.ref(function)
+    with adapter.experts_replaced(model, function):
+        pass
+    del function
+    assert kept() is None
 
 
 def test_a_model_pruned_from_another_is_refused(

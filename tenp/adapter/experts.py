@@ -304,9 +304,10 @@ def _layer_index(name: str) -> int:
 def experts_replaced(model: PreTrainedModel, function: ExpertsFunction) -> Iterator[None]:
     """Let `function(module, hidden, top_k_index, top_k_weights)` stand in for all routed experts."""
     before = model.get_experts_implementation()
-    ALL_EXPERTS_FUNCTIONS.register(_CALIBRATION, function)
-    model.set_experts_implementation(_CALIBRATION)
+    ALL_EXPERTS_FUNCTIONS[_CALIBRATION] = function
     try:
+        model.set_experts_implementation(_CALIBRATION)
         yield
     finally:
         model.set_experts_implementation(before)
+        del ALL_EXPERTS_FUNCTIONS[_CALIBRATION]  # or it would keep what the function refers to
