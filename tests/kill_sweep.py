@@ -124,7 +124,7 @@ def main() -> None:
                 outcome = kill.wrong or "the same bytes"
                 print(f"{name}: {kill.stage}, {kill.seconds:.4f} s: {outcome}", flush=True)
     print(
-        "\n| killed while | kills | of them with the output there | finished with the same bytes |"
+        "\n| killed while | kills | with the output there already | finished with the same bytes |"
     )
     print("|---|---|---|---|")
     for stage, kills in done.items():
