@@ -124,13 +124,13 @@ class WorkDirectory:
             found = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise self._damaged("run.json", f"it cannot be read: {error}") from error
-        for name, value in wanted.items():
-            if not isinstance(found, dict) or found.get(name) != value:
-                theirs = found.get(name) if isinstance(found, dict) else found
-                raise CheckpointError(
-                    f"{self.path} must belong to this run, but its {name} is {_short(theirs)} instead of "
-                    f"{_short(value)}; choose another work directory, or remove this one"
-                )
+        difference = _difference(found if isinstance(found, dict) else {}, wanted)
+        if difference is not None:
+            name, theirs, ours = difference
+            raise CheckpointError(
+                f"{self.path} must belong to this run, but its {name} is {_short(theirs)} instead of "
+                f"{_short(ours)}; choose another work directory, or remove this one"
+            )
 
     def finished_layers(self) -> int:
         """Return how many layers are finished, from layer 0 on."""
@@ -256,6 +256,18 @@ class WorkDirectory:
         return CheckpointError(
             f"{self.path / name} must be whole, but {why}; remove {self.path} to start again"
         )
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """Return the name of the first value that is not as wanted, and both; None if all are."""
+    for name, ours in wanted.items():
+        theirs = found.get(name)
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            if (inner := _difference(theirs, ours)) is not None:
+                return f"{name}.{inner[0]}", *inner[1:]
+        elif theirs != ours:
+            return name, theirs, ours
+    return None
 
 
 def _short(value: Any) -> str:

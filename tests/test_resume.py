@@ -110,7 +110,11 @@ def test_another_budget_reuses_the_calibration(
 
 @pytest.mark.parametrize(
     ("option", "value", "differs"),
-    [("--seed", 1, "settings"), ("--batch-tokens", 200, "settings"), ("--max-length", 9, "data")],
+    [
+        ("--seed", 1, "settings.seed is 0 instead of 1"),
+        ("--batch-tokens", 200, "settings.batch_tokens is 300 instead of 200"),
+        ("--max-length", 9, "data is"),
+    ],
 )
 def test_a_work_directory_of_another_run_is_refused(
     prune: list[object], command: Command, option: str, value: int, differs: str, tmp_path: Path
@@ -118,7 +122,7 @@ def test_a_work_directory_of_another_run_is_refused(
     assert command(*prune, "--dry-run").code == 0
     result = command(*prune, "--dry-run", option, value)
     assert result.code == 2
-    assert f"work must belong to this run, but its {differs} is" in result.err.replace("\n", " ")
+    assert f"work must belong to this run, but its {differs}" in result.err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("field", ["model", "tenp"])
