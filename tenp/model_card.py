@@ -81,7 +81,7 @@ def model_card(
 
 {_HOW_MADE}
 ```sh
-{_command(name, plan.settings, plan.repair is not None)}
+{_command(name, plan.settings, plan.repair is not None, is_int8)}
 ```
 
 TEXT is the calibration text, one file for each domain. Versions: {versions}.
@@ -147,8 +147,8 @@ Perplexity and KL are means over the tokens of one file each. KL is that of the 
 distribution of the model before from that of the one after, in nats per token."""
 
 _INT8 = """\
-The kept matrices of the experts are stored in 8 bits with a scale for each neuron (`tenp apply
---weights int8`), which the numbers above leave out.
+The kept matrices of the experts are stored in 8 bits with a scale for each neuron (`--weights
+int8`), which the sizes above leave out.
 
 """
 
@@ -244,7 +244,7 @@ def _cost_rows(cost: Cost) -> str:
     )
 
 
-def _command(name: str, settings: Mapping[str, Any], repaired: bool) -> str:
+def _command(name: str, settings: Mapping[str, Any], repaired: bool, is_int8: bool) -> str:
     """The `tenp prune` that decides by these settings."""
     given = dict(settings)
     dern = given.pop("dern", {})
@@ -264,6 +264,8 @@ def _command(name: str, settings: Mapping[str, Any], repaired: bool) -> str:
         words += ["--against-dense"] if given["sequential"]["against_dense"] else []
     if not dern.get("weighted", True):
         words.append("--no-dern-weights")
+    if is_int8:
+        words += ["--weights", "int8"]
     return " ".join(map(shlex.quote, [*words, "--out", "DIR"]))
 
 

@@ -19,7 +19,7 @@ def was_begun(work: WorkDirectory | None, out: Path) -> bool:
     return kept is not None and kept["path"] == str(out.resolve())
 
 
-def is_finished(work: WorkDirectory | None, out: Path, decided: Plan) -> bool:
+def is_finished(work: WorkDirectory | None, out: Path, decided: Plan, weights: str | None) -> bool:
     """Whether an earlier run had written all of `out` and was stopped after that.
 
     Raises:
@@ -28,23 +28,27 @@ def is_finished(work: WorkDirectory | None, out: Path, decided: Plan) -> bool:
     if not out.exists():
         return False
     kept = work.read_note("output") if work is not None else None
-    if kept is None or kept != _note(out, decided):
+    if kept is None or kept != _note(out, decided, weights):
         require_absent(out)
     return True
 
 
-def note(work: WorkDirectory | None, out: Path, decided: Plan) -> None:
+def note(work: WorkDirectory | None, out: Path, decided: Plan, weights: str | None) -> None:
     """Remember what is going to be written where: an output appears whole, so it then is this."""
     if work is None:
         return
     before = work.read_note("output")
     if before is not None and before["plan"] != decided.digest():
         pruning.drop_partial(Path(before["path"]), before["plan"])
-    work.write_note("output", _note(out, decided))
+    work.write_note("output", _note(out, decided, weights))
 
 
-def _note(out: Path, decided: Plan) -> dict[str, str]:
-    return {"path": str(out.resolve()), "plan": decided.digest()}
+def _note(out: Path, decided: Plan, weights: str | None) -> dict[str, str]:
+    return {
+        "path": str(out.resolve()),
+        "plan": decided.digest(),
+        "weights": weights or "keep",
+    }
 
 
 def keep_statistics(statistics: Statistics, out: Path, error: CheckpointError) -> CheckpointError:

@@ -7,55 +7,41 @@ Every stage is a function here, and `prune` is all of them in a row.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from tenp import (
     adapter,
+    applying,
     dern,
-    dropping,
-    equivalence,
-    evaluation,
-    memory,
     output,
     planning,
     pruning,
     reconstruction,
     refitting,
     repair,
-    rounding,
     running,
     scoring,
     sequential,
-    streamed_evaluation,
-    verification,
 )
 from tenp import report as reporting
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
-from tenp.errors import CheckpointError, InvalidArgument, Unsupported
+from tenp.errors import CheckpointError
 from tenp.evaluation import DomainEvaluation
 from tenp.execution import Execution
 from tenp.files import require_absent, require_space, write_atomically
-from tenp.layerwise import LayerwiseModel
 from tenp.model_card import Cost, model_card
 from tenp.plan import Plan
 from tenp.planning import Budget, UnderCovered
-from tenp.quantization import Int8
-from tenp.reading import Reader
 from tenp.reconstruction import Prediction
-from tenp.refitting import Refitting
 from tenp.running import Reporter, Run
-from tenp.samples import Samples
 from tenp.sequential import Narrowing
 from tenp.statistics import Statistics
-from tenp.text import TextDomain, read_domains
+from tenp.text import read_domains
 from tenp.workdir import WorkDirectory
 
 
@@ -192,61 +178,10 @@ def apply(
         For `int8`, by how much the weights changed: see `tenp.quantization.Int8.error`.
     """
     run = run or Run()
-    if weights not in (None, "int8"):
-        raise InvalidArgument(f"weights must be int8 or None, got {weights}")
-    int8 = None if weights is None else Int8()
-    if int8 is not None and decided.experts is not None:
-        raise Unsupported(
-            f"int8 weights need a plan that narrows experts, got one of method {decided.settings['method']}; "
-            "quantize its stock checkpoint with another tool"
-        )
-    if int8 is not None and run.execution.work_dir is not None:
-        raise Unsupported("int8 weights are written in one go; leave out the work directory")
+    int8 = applying.rounding_of(weights, decided.settings["method"])
     with run.execution.work(Group()) as work:
-        _apply(checkpoint, decided, Path(out), verify, run, report, statistics, work, int8)
+        applying.apply(checkpoint, decided, Path(out), verify, run, report, statistics, work, int8)
     return None if int8 is None else int8.error()
-
-
-def _apply(
-    checkpoint: Checkpoint,
-    decided: Plan,
-    out: Path,
-    verify: bool,
-    run: Run,
-    report: Reporter | None,
-    statistics: Statistics | None,
-    work: WorkDirectory | None,
-    int8: Int8 | None = None,
-) -> None:
-    if output.is_finished(work, out, decided):
-        return
-    output.note(work, out, decided)
-    progress = report("write", checkpoint.bytes, "bytes") if report else None
-    bound = run.execution.memory
-    if bound is not None:
-        memory.return_freed()
-    is_streamed = run.execution.is_streamed(Group.from_environment(), checkpoint)
-    if decided.experts is not None:
-        rebuild = dern.rebuilder(checkpoint, decided, statistics)
-        dropping.apply(
-            checkpoint,
-            decided,
-            out,
-            rebuild,
-            verify,
-            is_streamed,
-            work is not None,
-            bound,
-            progress,
-        )
-        return
-    refit = None if decided.repair is None else Refitting(checkpoint, decided, statistics)
-    change = rounding.change_of(checkpoint, refit, int8 is not None) if verify else None
-    check = functools.partial(equivalence.check, checkpoint, decided, change) if verify else None
-    if verify and is_streamed:
-        seen = report("verify", checkpoint.bytes, "bytes") if report else None
-        check = functools.partial(verification.verify, checkpoint, decided, change, seen)
-    pruning.apply(checkpoint, decided, out, check, work is not None, bound, progress, refit, int8)
 
 
 def report(
@@ -291,68 +226,13 @@ def evaluate(
     report: Reporter | None = None,
 ) -> list[DomainEvaluation]:
     """Measure a checkpoint on text, and its distance from a reference."""
-    return _evaluate(
+    return running.evaluate(
         Checkpoint.resolve(model),
         read_domains(sources),
         run,
         None if reference is None else Checkpoint.resolve(reference),
         report,
     )
-
-
-def _evaluate(
-    checkpoint: Checkpoint,
-    domains: Sequence[TextDomain],
-    run: Run,
-    reference: Checkpoint | None = None,
-    report: Reporter | None = None,
-) -> list[DomainEvaluation]:
-    samples = running.samples_of(checkpoint, domains, dataclasses.replace(run, samples=None))
-    tokens = sum(domain.tokens() for domain in samples)
-    if run.execution.is_streamed(Group(), checkpoint):
-        return _evaluate_streamed(checkpoint, samples, tokens, run, reference, report)
-    measured = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
-    other = None
-    if reference is not None:
-        other = adapter.load_model(reference.directory, run.torch_dtype(), run.device)
-        _require_vocabulary(measured, other)
-    progress = report("evaluate", tokens, "tokens") if report else None
-    return evaluation.evaluate(measured, samples, other, run.batch_tokens, progress)
-
-
-def _evaluate_streamed(
-    checkpoint: Checkpoint,
-    samples: Sequence[Samples],
-    tokens: int,
-    run: Run,
-    reference: Checkpoint | None,
-    report: Reporter | None,
-) -> list[DomainEvaluation]:
-    models = []
-    for each in (checkpoint, reference):
-        if each is not None:
-            dtype = run.dtype_of(adapter.load_config(each.directory))
-            device = running.streaming_device(run.device)
-            models.append(LayerwiseModel(Reader(each), dtype, device))
-            _require_vocabulary(models[0].model, models[-1].model)
-    total = tokens * sum(map(len, models))
-    progress = report("evaluate", total, "token-layers") if report else None
-    return streamed_evaluation.evaluate(
-        models[0],
-        samples,
-        models[1] if reference is not None else None,
-        run.batch_tokens,
-        run.execution.stream or ("layers" if run.execution.memory is None else "experts"),
-        progress,
-    )
-
-
-def _require_vocabulary(measured: PreTrainedModel, reference: PreTrainedModel) -> None:
-    if adapter.vocabulary(reference) != adapter.vocabulary(measured):
-        raise InvalidArgument(
-            f"evaluate: the reference must have the vocabulary of the model, {adapter.vocabulary(measured)}, "
-            f"got {adapter.vocabulary(reference)}"
-        )
 
 
 @dataclass(frozen=True)
@@ -364,12 +244,14 @@ class Pruned:
         statistics: What it was decided on.
         before: The dense model on the evaluation text.
         after: The pruned one.
+        rounding: By how much int8 changed the weights: see `tenp.quantization.Int8.error`.
     """
 
     plan: Plan
     statistics: Statistics
     before: list[DomainEvaluation] = field(default_factory=list)
     after: list[DomainEvaluation] = field(default_factory=list)
+    rounding: Mapping[str, float] | None = None
 
 
 def _narrowing(
@@ -407,6 +289,7 @@ def prune(
     evaluate_on: Sequence[str | Path] = (),
     report: Reporter | None = None,
     verify: bool = True,
+    weights: str | None = None,
     **plan_options: Any,
 ) -> Pruned:
     """Do the whole job: calibrate, plan, write, verify, and measure what it cost.
@@ -420,6 +303,7 @@ def prune(
         evaluate_on: Text to measure on before and after, one domain each.
         report: Told of progress.
         verify: Reload what was written and compare it with the masked dense model.
+        weights: As in `apply`.
         plan_options: Further arguments of `plan`.
 
     Raises:
@@ -433,6 +317,7 @@ def prune(
         run = dataclasses.replace(run, second_pass=True)
     # Everything that can be known to be wrong is found before the model is read.
     kept, _ = planning.check_budget(budget)
+    int8 = applying.rounding_of(weights, budget.method)
     if run.execution.sequential is not None:
         sequential.check(run.execution.sequential, budget.method, run.second_moments)
     run.torch_dtype()
@@ -446,7 +331,8 @@ def prune(
         checkpoint = Checkpoint.resolve(model)
         source = pruning.source_of(checkpoint)
         if out is not None and not Path(out).exists():
-            require_space(Path(out), int(kept * source.bytes))  # at least: only experts shrink
+            # At least: only experts shrink, and float32 to a quarter in 8 bits.
+            require_space(Path(out), int(kept * source.bytes / (1 if int8 is None else 4)))
         statistics = running.calibrate(checkpoint, source, domains, run, report, group, work)
         decided = plan(statistics, budget, checkpoint=checkpoint, **plan_options)
         if run.execution.sequential is not None:
@@ -461,19 +347,22 @@ def prune(
         if out is None or group.rank > 0:
             return Pruned(decided, statistics)
         try:
-            _apply(checkpoint, decided, Path(out), verify, run, report, statistics, work)
+            applying.apply(
+                checkpoint, decided, Path(out), verify, run, report, statistics, work, int8
+            )
         except CheckpointError as error:
             if work is not None:
                 raise
             raise output.keep_statistics(statistics, Path(out), error) from error
+        changed = None if int8 is None else int8.error()
         if not measured_on:
-            return Pruned(decided, statistics)
-        before = _evaluate(checkpoint, measured_on, run, report=report)
+            return Pruned(decided, statistics, rounding=changed)
+        before = running.evaluate(checkpoint, measured_on, run, report=report)
         written = Checkpoint(out)
-        after = _evaluate(written, measured_on, run, checkpoint, report)
+        after = running.evaluate(written, measured_on, run, checkpoint, report)
         card = _card_with_costs(checkpoint, written, decided, before, after)
         write_atomically(Path(out) / "README.md", card.encode())
-        return Pruned(decided, statistics, before, after)
+        return Pruned(decided, statistics, before, after, changed)
 
 
 def _card_with_costs(
@@ -488,5 +377,6 @@ def _card_with_costs(
         for dense, pruned in zip(before, after, strict=True)
         if pruned.divergence is not None
     ]
-    method = (written.config.get("quantization_config") or {}).get("quant_method")
-    return model_card(checkpoint, decided, needs_tenp=method == "tenp", costs=costs)
+    stored = written.config.get("quantization_config") or {}
+    needs_tenp, is_int8 = stored.get("quant_method") == "tenp", stored.get("weights") == "int8"
+    return model_card(checkpoint, decided, needs_tenp, costs, is_int8)

@@ -100,11 +100,11 @@ class Int8:
             self._largest_step = max(self._largest_step, steps)
         return q, scale
 
-    def error(self) -> Mapping[str, float]:
-        """Return the error of all weights so far, relative (root mean square), and the largest in steps."""
+    def error(self) -> Mapping[str, float] | None:
+        """Return the error of all weights, relative (root mean square), and the largest in steps; None of none."""
+        if not self._squares:
+            return None
         return {
-            "relative_error": math.sqrt(self._error_squares / self._squares)
-            if self._squares
-            else 0.0,
+            "relative_error": math.sqrt(self._error_squares / self._squares),
             "largest_error_in_steps": self._largest_step,
         }

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
@@ -16,11 +17,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tenp import adapter, calibration, execution, second_pass
+from tenp import adapter, calibration, evaluation, execution, second_pass, streamed_evaluation
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
 from tenp.errors import CheckpointError, InvalidArgument, Unsupported
+from tenp.evaluation import DomainEvaluation
 from tenp.execution import Execution
+from tenp.layerwise import LayerwiseModel
 from tenp.reading import Reader
 from tenp.samples import Samples, generate_answers, tokenize
 from tenp.sequential import Narrowing
@@ -240,3 +243,59 @@ def _max_length(config: PreTrainedConfig, run: Run) -> int:
             f"max_length must be between 1 and the model's {limit}, got {run.max_length}"
         )
     return run.max_length or min(limit, 2048)
+
+
+def evaluate(
+    checkpoint: Checkpoint,
+    domains: Sequence[TextDomain],
+    run: Run,
+    reference: Checkpoint | None = None,
+    report: Reporter | None = None,
+) -> list[DomainEvaluation]:
+    """Measure a checkpoint on text, and its distance from a reference, in memory or layer by layer."""
+    samples = samples_of(checkpoint, domains, dataclasses.replace(run, samples=None))
+    tokens = sum(domain.tokens() for domain in samples)
+    if run.execution.is_streamed(Group(), checkpoint):
+        return _evaluate_streamed(checkpoint, samples, tokens, run, reference, report)
+    measured = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
+    other = None
+    if reference is not None:
+        other = adapter.load_model(reference.directory, run.torch_dtype(), run.device)
+        _require_vocabulary(measured, other)
+    progress = report("evaluate", tokens, "tokens") if report else None
+    return evaluation.evaluate(measured, samples, other, run.batch_tokens, progress)
+
+
+def _evaluate_streamed(
+    checkpoint: Checkpoint,
+    samples: Sequence[Samples],
+    tokens: int,
+    run: Run,
+    reference: Checkpoint | None,
+    report: Reporter | None,
+) -> list[DomainEvaluation]:
+    models = []
+    for each in (checkpoint, reference):
+        if each is not None:
+            dtype = run.dtype_of(adapter.load_config(each.directory))
+            device = streaming_device(run.device)
+            models.append(LayerwiseModel(Reader(each), dtype, device))
+            _require_vocabulary(models[0].model, models[-1].model)
+    total = tokens * sum(map(len, models))
+    progress = report("evaluate", total, "token-layers") if report else None
+    return streamed_evaluation.evaluate(
+        models[0],
+        samples,
+        models[1] if reference is not None else None,
+        run.batch_tokens,
+        run.execution.stream or ("layers" if run.execution.memory is None else "experts"),
+        progress,
+    )
+
+
+def _require_vocabulary(measured: PreTrainedModel, reference: PreTrainedModel) -> None:
+    if adapter.vocabulary(reference) != adapter.vocabulary(measured):
+        raise InvalidArgument(
+            f"evaluate: the reference must have the vocabulary of the model, {adapter.vocabulary(measured)}, "
+            f"got {adapter.vocabulary(reference)}"
+        )

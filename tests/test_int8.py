@@ -54,8 +54,10 @@ def test_the_error_is_that_of_all_weights() -> None:
     both = torch.cat(weights)
     changed = torch.cat([dequantize(*quantize(weight, 0), 0) for weight in weights])
     expected = (changed - both).norm() / both.norm()
-    assert int8.error()["relative_error"] == pytest.approx(expected.item(), rel=1e-6)
-    assert 0 < int8.error()["largest_error_in_steps"] <= 0.5
+    error = int8.error()
+    assert error is not None
+    assert error["relative_error"] == pytest.approx(expected.item(), rel=1e-6)
+    assert 0 < error["largest_error_in_steps"] <= 0.5
 
 
 def test_a_weight_that_is_no_number_is_refused() -> None:
@@ -184,6 +186,30 @@ def test_the_command_reports_the_error(tiny: Tiny, tmp_path: Path, command: Comm
     assert shown["bytes"]["after"] == stored
     table = command(*common, "--out", tmp_path / "b", "--quiet").out
     assert f"differ from the kept ones by {shown['weights']['relative_error']:.2%}" in table
+
+
+def test_the_whole_job_writes_the_same_and_goes_on_after_its_end(
+    tiny: Tiny, text_file: Path, tmp_path: Path, command: Command
+) -> None:
+    job = (
+        "prune",
+        tiny.directory,
+        "--calibration",
+        text_file,
+        "--keep",
+        "0.5",
+        "--weights",
+        "int8",
+        "--no-verify",
+        "--quiet",
+    )
+    once = (*job, "--out", tmp_path / "out", "--work-dir", tmp_path / "work", "--json")
+    assert command(*once).json()["plan"]["weights"]["dtype"] == "int8"
+    assert "weights" not in command(*once).json()["plan"]  # nothing was left to round
+    plan = tmp_path / "out" / pruning.PLAN_FILE
+    apply = ("apply", tiny.directory, plan, "--weights", "int8", "--no-verify", "--quiet")
+    command(*apply, "--out", tmp_path / "applied")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "applied")
 
 
 def test_what_cannot_be_quantized_is_refused(tiny: Tiny, tmp_path: Path) -> None:

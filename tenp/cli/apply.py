@@ -40,6 +40,6 @@ def command(
             run=run,
             report=report,
             statistics=loaded,
-            weights="int8" if weights is options.WeightsName.int8 else None,
+            weights=options.weights(weights),
         )
     display.show_applied(decided, error, out, json)

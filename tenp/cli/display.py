@@ -324,29 +324,41 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         print_plan(plan)
 
 
-def show_applied(plan: Plan, error: Mapping[str, float] | None, out: Path, as_json: bool) -> None:
+def show_applied(
+    plan: Plan, rounding: Mapping[str, float] | None, out: Path, as_json: bool
+) -> None:
     """Print a plan that was carried out, and what int8 changed in the weights, if it did."""
-    if error is None:
-        show_plan(plan, as_json)
-        return
-    stored = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     if as_json:
-        summary = plan_summary(plan)
-        before = summary["bytes"]["before"]
-        print_json(
-            {
-                **summary,
-                "bytes": {"before": before, "after": stored},
-                "weights": {"dtype": "int8", **error},
-            }
-        )
+        print_json(applied_summary(plan, rounding, out))
         return
     print_plan(plan)
+    print_rounding(rounding, out)
+
+
+def applied_summary(
+    plan: Plan, rounding: Mapping[str, float] | None, out: Path | None
+) -> dict[str, Any]:
+    """Return the figures of a plan that was carried out."""
+    summary = plan_summary(plan)
+    if rounding is None or out is None:
+        return summary
+    sizes = {"before": summary["bytes"]["before"], "after": _stored(out)}
+    return {**summary, "bytes": sizes, "weights": {"dtype": "int8", **rounding}}
+
+
+def print_rounding(rounding: Mapping[str, float] | None, out: Path | None) -> None:
+    """Print what int8 changed in the weights, if it did."""
+    if rounding is None or out is None:
+        return
     print(
-        f"int8 weights: {stored / 2**20:,.1f} MiB stored; they differ from the kept ones by "
-        f"{error['relative_error']:.2%} (root mean square), at most {error['largest_error_in_steps']:.2f} "
+        f"int8 weights: {_stored(out) / 2**20:,.1f} MiB stored; they differ from the kept ones by "
+        f"{rounding['relative_error']:.2%} (root mean square), at most {rounding['largest_error_in_steps']:.2f} "
         "of a neuron's step"
     )
+
+
+def _stored(out: Path) -> int:
+    return sum(path.stat().st_size for path in out.glob("*.safetensors"))
 
 
 def show_statistics(measured: Statistics, as_json: bool) -> None:

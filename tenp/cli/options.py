@@ -198,6 +198,11 @@ def dern(threshold: float, init: DernInitName, weighted: bool) -> Options:
     return Options(threshold=threshold, init=init.value, weighted=weighted)
 
 
+def weights(name: WeightsName) -> str | None:
+    """Return what the experts' weights become; None if they stay."""
+    return None if name is WeightsName.keep else name.value
+
+
 def _panel(title: str) -> Any:
     """An option that `--help` shows under a title of its own."""
     return functools.partial(typer.Option, rich_help_panel=title)

@@ -55,6 +55,7 @@ def command(
     work_dir: options.WorkDir = None,
     sequential: options.Sequential = False,
     against_dense: options.AgainstDense = False,
+    weights: options.Weights = options.WeightsName.keep,
     verify: options.Verify = True,
     dry_run: options.DryRun = False,
     json: options.Json = False,
@@ -91,6 +92,7 @@ def command(
             evaluate_on=evaluate,
             report=report,
             verify=verify,
+            weights=options.weights(weights),
             neuron_criterion=neurons.value,
             domain_weights=options.parse_weights(domain_weight),
             under_covered=under_covered.value,
@@ -106,13 +108,14 @@ def command(
     if json:
         display.print_json(
             {
-                "plan": display.plan_summary(pruned.plan),
+                "plan": display.applied_summary(pruned.plan, pruned.rounding, out),
                 "before": display.evaluation_rows(pruned.before),
                 "after": display.evaluation_rows(pruned.after),
             }
         )
         return
     display.print_plan(pruned.plan)
+    display.print_rounding(pruned.rounding, out)
     if pruned.after:
         display.print_evaluations(pruned.after, pruned.before)
     if not dry_run:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tenp import files, pipeline, running
+from tenp import applying, files, pipeline, running
 from tenp.cli import main
 from tenp.sequential import Narrowing
 
@@ -164,19 +164,19 @@ def _tell_stages(pipe: int) -> None:
         (running, "calibrate", "calibrating"),
         (pipeline, "plan", "planning"),
         (Narrowing, "plan", "planning"),
-        (pipeline, "_apply", "applying"),
+        (applying, "apply", "applying"),
         (files, "_sync", "renaming"),
     )
     for owner, name, stage in first_functions:
         number = bytes([STAGES.index(stage)])
         _call_before(owner, name, lambda number=number: os.write(pipe, number))
-    apply = pipeline._apply
+    apply = applying.apply
 
     def to_the_end(*args: Any, **kwargs: Any) -> None:
         apply(*args, **kwargs)
         os.write(pipe, bytes([len(STAGES)]))
 
-    pipeline._apply = to_the_end
+    applying.apply = to_the_end
 
 
 def _call_before(owner: Any, name: str, first: Callable[[], Any]) -> None:
