@@ -345,11 +345,12 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def _quality(found: list[dict[str, Any]], dense: dict[str, Any]) -> str:
-    """KL and perplexity of every method at every share, best first."""
+    """KL and perplexity of every method at every share, best first at the share of most methods."""
     shares = sorted({row["share"] for row in found}, reverse=True)
+    usual = max(shares, key=lambda share: len({row["method"] for row in _of(found, share=share)}))
     names = sorted(
         {row["method"] for row in found},
-        key=lambda name: _mean([_kl(row) for row in _of(found, method=name, share=shares[-1])]),
+        key=lambda name: _mean([_kl(row) for row in _of(found, method=name, share=usual)]),
     )
     lines = [["dense", *(f"0, {_perplexity(dense):.2f}" for _ in shares)]]
     for name in names:
@@ -443,9 +444,10 @@ def _mean(values: Iterable[float]) -> float:
 
 def _spread(values: Iterable[float]) -> str:
     found = list(values)
+    digits = 4 if _mean(found) >= 0.01 else 5
     if len(found) < 2:
-        return "".join(f"{value:.4f}" for value in found)
-    return f"{_mean(found):.4f} ± {(max(found) - min(found)) / 2:.4f}"
+        return "".join(f"{value:.{digits}f}" for value in found)
+    return f"{_mean(found):.{digits}f} ± {(max(found) - min(found)) / 2:.{digits}f}"
 
 
 def _markdown(header: list[str], lines: list[list[str]]) -> str:
