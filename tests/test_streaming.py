@@ -147,10 +147,17 @@ def test_a_damaged_pruned_checkpoint_is_noticed(tiny: Tiny, tmp_path: Path) -> N
 def test_streamed_pruning_writes_what_pruning_in_memory_does(
     tiny: Tiny, text_file: Path, command: Command, tmp_path: Path
 ) -> None:
-    options = ["prune", tiny.directory, "--calibration", text_file, "--keep", 0.5, "--quiet"]
-    assert command(*options, "--out", tmp_path / "one").code == 0
-    assert command(*options, "--stream", "experts", "--out", tmp_path / "two").code == 0
-    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    options = ["prune", tiny.directory, "--calibration", text_file, "--keep", 0.5]
+    options += ["--evaluate", text_file, "--quiet", "--json", "--out"]
+    one = command(*options, tmp_path / "one").json()
+    two = command(*options, tmp_path / "two", "--stream", "experts").json()
+    assert one["plan"] == two["plan"]
+    for when in ("before", "after"):
+        assert two[when][0]["perplexity"] == pytest.approx(one[when][0]["perplexity"], rel=1e-6)
+    files = [files_of(tmp_path / name) for name in ("one", "two")]
+    for found in files:
+        assert b"perplexity" in found.pop("README.md")
+    assert files[0] == files[1]
 
 
 @pytest.fixture(scope="module")
