@@ -455,6 +455,22 @@ def test_many_tokens_of_many_experts(dtype: torch.dtype, device: torch.device) -
     assert_matches_the_reference(case, inputs, out_of(inputs, device))
 
 
+@pytest.mark.parametrize(("experts", "per_token"), [(512, 16), (513, 16), (512, 17)])
+def test_the_largest_routing_of_few_tokens_and_the_next(
+    experts: int, per_token: int, device: torch.device
+) -> None:
+    # CUDA sorts up to 1024 slots of 512 experts inside the kernels that stream the weights.
+    case = ExpertGemmCase(
+        tokens=64,
+        hidden_size=8,
+        widths=(1,) * experts,
+        experts_per_token=per_token,
+        dtype=torch.bfloat16,
+    )
+    inputs = make_expert_gemm(case)
+    assert_matches_the_reference(case, inputs, out_of(inputs, device))
+
+
 def test_an_output_with_gaps_between_its_rows_keeps_the_gaps(device: torch.device) -> None:
     case = ExpertGemmCase()
     inputs = make_expert_gemm(case)

@@ -15,9 +15,9 @@ from support.op_cases import (
     StatisticsCase,
     make_batch,
 )
-from support.tolerance import assert_close, batch_tolerance
+from support.tolerance import assert_close, assert_same_lowest_half, batch_tolerance
 from tenp.errors import InvalidArgument
-from tenp.ops import expert_statistics, reference
+from tenp.ops import expert_activations, expert_statistics, reference
 
 Sums = dict[str, Tensor]
 
@@ -130,6 +130,25 @@ def test_projections_add_up_to_the_lengths_of_the_outputs(device: torch.device) 
     torch.testing.assert_close(
         sums["projection"].sum(dim=1), sums["norm_sum"], rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_both_halves_of_the_pass_find_the_lowest_half_of_the_equations(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    case = StatisticsCase(tokens=128, hidden_size=96, width=128, num_experts=4, dtype=dtype)
+    inputs = make_batch(case, bias=False)
+    generator = torch.Generator().manual_seed(1)
+    inputs.gate, inputs.up, inputs.down = (
+        (torch.randn(weight.shape, generator=generator) / 10).to(dtype)
+        for weight in (inputs.up, inputs.up, inputs.down)
+    )
+    inputs.activations = reference.expert_activations(**inputs.activations_arguments()).to(dtype)
+    expected = inputs.zeros()
+    reference.expert_statistics(**inputs.statistics_arguments(), **expected)
+    moved = inputs.to(device)
+    inputs.activations = expert_activations(**moved.activations_arguments()).cpu()
+    assert_same_lowest_half(sums_of(inputs, device)["projection"], expected["projection"])
 
 
 def test_what_does_not_fit_is_refused_by_name(device: torch.device) -> None:

@@ -20,7 +20,12 @@ from support.op_cases import (
     guarded,
     make_statistics,
 )
-from support.tolerance import assert_close, checksum_tolerance, neuron_contribution_tolerance
+from support.tolerance import (
+    assert_close,
+    assert_same_lowest_half,
+    checksum_tolerance,
+    neuron_contribution_tolerance,
+)
 from tenp.errors import InvalidArgument
 from tenp.ops import accumulate_neuron_contribution, reference
 
@@ -192,15 +197,7 @@ def test_the_lowest_half_is_the_one_of_the_reference(
         StatisticsCase(tokens=256, hidden_size=192, width=256, num_experts=8, dtype=dtype)
     )
     actual = contribution_of(inputs, device)["projection"]
-    expected = expected_contribution(inputs)["projection"]
-    used = expected.abs().sum(dim=1) > 0
-    half = expected.shape[1] // 2
-    shared = total = 0
-    for got, wanted in zip(actual[used], expected[used], strict=True):
-        lowest = set(wanted.argsort()[:half].tolist())
-        shared += len(lowest & set(got.argsort()[:half].tolist()))
-        total += half
-    assert shared >= 0.995 * total
+    assert_same_lowest_half(actual, expected_contribution(inputs)["projection"])
 
 
 def test_rows_of_any_stride_give_the_same_bits(device: torch.device) -> None:

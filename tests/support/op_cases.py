@@ -365,6 +365,11 @@ STATISTICS_CASES = [
     pytest.param(
         StatisticsCase(tokens=301, hidden_size=1030, num_experts=2, width=523), id="many-blocks"
     ),
+    # More than the 1024 rows of an expert that one block of a CUDA kernel adds up.
+    pytest.param(
+        StatisticsCase(tokens=1000, hidden_size=16, width=17, pattern="one_takes_all"),
+        id="many-rows",
+    ),
 ]
 
 

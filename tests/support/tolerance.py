@@ -83,6 +83,24 @@ def assert_similar(name: str, actual: Tensor, expected: Tensor, tolerance: float
     assert difference <= tolerance**2, f"{name} differs by {difference:.3g} of its squared length"
 
 
+def assert_same_lowest_half(actual: Tensor, expected: Tensor) -> None:
+    """Assert that 99.5 % of the lower half of every expert's neurons `[E, I]` are the same ones.
+
+    They are what pruning to half of the width removes. Experts whose scores are all zero say
+    nothing and do not count.
+    """
+    half = expected.shape[1] // 2
+    used = expected.abs().sum(dim=1) > 0
+    pairs = zip(actual.cpu()[used], expected.cpu()[used], strict=True)
+    shared = sum(
+        len({*mine.argsort()[:half].tolist()} & {*theirs.argsort()[:half].tolist()})
+        for mine, theirs in pairs
+    )
+    total = int(used.sum()) * half
+    assert total > 0
+    assert shared >= 0.995 * total, f"{shared} of {total} neurons are the same"
+
+
 def activation_stats_tolerance(inputs: StatisticsInputs) -> dict[str, Tensor]:
     """|y| is the root of a float32 sum of H squares, one rounding more; the root halves its error.
 
