@@ -7,7 +7,7 @@
 #include "core/float16.h"
 #include "tenp/expert_gemm.h"
 
-// The inner loops of the CPU backend, compiled once per instruction set from isa/kernels.inc.h.
+// The inner loops of the CPU backend, compiled once per instruction set from isa/*.inc.h.
 // They run on the calling thread and assume what the ops have checked. T is the element type of a
 // call: float, BFloat16 or Float16. W is that of its weights: T, or int8 with a scale for every
 // row.
