@@ -23,10 +23,11 @@ void activate_block(
     std::int64_t neurons
 ) {
     thread_local Scratch scratch;
-    auto* gemm_scratch = scratch.get<float>(kGemmScratch + 2 * kGemmRows * kGemmColumns);
-    float* up = gemm_scratch + kGemmScratch;
-    float* gate = up + kGemmRows * kGemmColumns;
     const TypedKernels<T>& run = kernels().of<T>();
+    const std::int64_t products_size = kGemmRows * run.nt_columns;
+    auto* gemm_scratch = scratch.get<float>(kGemmScratch + 2 * products_size);
+    float* up = gemm_scratch + kGemmScratch;
+    float* gate = up + products_size;
 
     std::int64_t tokens[kGemmRows];
     for (std::int64_t row = 0; row < rows; ++row) {
@@ -39,7 +40,7 @@ void activate_block(
                 {data<const T>(weights) + expert * weights.stride[0] + neuron * weights.stride[1],
                  weights.stride[1]},
             .c = products,
-            .c_stride = kGemmColumns,
+            .c_stride = run.nt_columns,
             .rows = rows,
             .columns = neurons,
             .depth = args.hidden.shape[1],
@@ -58,8 +59,8 @@ void activate_block(
     };
     for (std::int64_t row = 0; row < rows; ++row) {
         run.activate({
-            .gate = is_gated ? gate + row * kGemmColumns : nullptr,
-            .up = up + row * kGemmColumns,
+            .gate = is_gated ? gate + row * run.nt_columns : nullptr,
+            .up = up + row * run.nt_columns,
             .gate_bias = bias(args.gate_bias),
             .up_bias = bias(args.up_bias),
             .out =
@@ -78,15 +79,14 @@ void expert_activations(const ExpertActivationsArgs& args) {
     const std::int64_t experts = args.up.shape[0];
     const std::int64_t width = args.up.shape[1];
     const auto* offsets = data<const std::int32_t>(args.offsets);
-    const std::int64_t blocks = (width + kGemmColumns - 1) / kGemmColumns;
     const std::vector<RowBlock> row_blocks = row_blocks_of(offsets, experts, kGemmRows);
     dispatch(args.hidden.dtype, Floats{}, [&]<class T>() {
+        const std::int64_t columns = kernels().of<T>().nt_columns;
+        const std::int64_t blocks = (width + columns - 1) / columns;
         parallel_for(std::ssize(row_blocks) * blocks, [&](std::int64_t task) {
             const auto [expert, row, rows] = row_blocks[static_cast<std::size_t>(task / blocks)];
-            const std::int64_t neuron = task % blocks * kGemmColumns;
-            activate_block<T>(
-                args, expert, row, rows, neuron, std::min(kGemmColumns, width - neuron)
-            );
+            const std::int64_t neuron = task % blocks * columns;
+            activate_block<T>(args, expert, row, rows, neuron, std::min(columns, width - neuron));
         });
     });
 }

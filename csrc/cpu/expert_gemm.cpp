@@ -127,7 +127,7 @@ class Layer {
 
         for_each_block(
             [&](std::int64_t expert) { return widths()[expert]; },
-            [&](std::int64_t) { return args_.gated ? kGemmColumns / 2 : kGemmColumns; },
+            [&](std::int64_t rows) { return product_columns(rows) / (args_.gated ? 2 : 1); },
             [&](const Task& task) { compute_activations(task); }
         );
         for_each_block(
@@ -188,7 +188,8 @@ class Layer {
     /// m of a block of neurons: gate and up in one product, then the activation.
     void compute_activations(const Task& task) {
         thread_local Scratch scratch;
-        auto* gemm_scratch = scratch.get<float>(kGemmScratch + kGemmRows * kGemmColumns);
+        const std::int64_t products_stride = product_columns(task.rows);
+        auto* gemm_scratch = scratch.get<float>(kGemmScratch + kGemmRows * products_stride);
         float* products = gemm_scratch + kGemmScratch;
 
         std::int64_t tokens[kGemmRows];
@@ -197,7 +198,7 @@ class Layer {
         }
         const std::int64_t packed_rows = args_.down.shape[0];
         const std::int64_t first_neuron = packed_row(task.expert) + task.column;
-        std::int64_t weight_rows[kGemmColumns];
+        std::int64_t weight_rows[kGemmWideColumns];
         std::int64_t columns = 0;
         for (std::int64_t matrix = 0; matrix < (args_.gated ? 2 : 1); ++matrix) {
             for (std::int64_t neuron = 0; neuron < task.columns; ++neuron) {
@@ -208,7 +209,7 @@ class Layer {
             .a = {data<const T>(args_.hidden), args_.hidden.stride[0], tokens},
             .b = {data<const W>(args_.gate_up), hidden_size(), weight_rows},
             .c = products,
-            .c_stride = kGemmColumns,
+            .c_stride = products_stride,
             .rows = task.rows,
             .columns = columns,
             .depth = hidden_size(),
@@ -233,7 +234,7 @@ class Layer {
             activate.up_bias = bias + first_up;
         }
         for (std::int64_t row = 0; row < task.rows; ++row) {
-            const float* product = products + row * kGemmColumns;
+            const float* product = products + row * products_stride;
             activate.gate = args_.gated ? product : nullptr;
             activate.up = args_.gated ? product + task.columns : product;
             activate.out = activations_ + (task.row + row) * max_width_ + task.column;
@@ -286,6 +287,12 @@ class Layer {
             .out = data<T>(args_.out) + (first_token_ + token) * args_.out.stride[0],
             .count = hidden_size(),
         });
+    }
+
+    /// Of gate and up together. Few rows get few columns, so that all threads have some.
+    static std::int64_t product_columns(std::int64_t rows) {
+        const bool is_wide = std::is_same_v<T, W> && rows >= kFewRows;
+        return is_wide ? kernels().of<T>().nt_columns : kGemmColumns;
     }
 
     static void gemm_nt(const Gemm<T, W>& gemm) {

@@ -229,6 +229,9 @@ def test_a_nan_stays_in_its_token(device: torch.device) -> None:
 def assert_halves_equal_the_whole(
     tokens: int, first: int, dtype: torch.dtype, device: torch.device, int8: bool = False
 ) -> None:
+    has_tiles = device.type == "cpu" and dtype == torch.bfloat16 and _C.cpu_isa() == "amx"
+    if has_tiles and not int8:
+        pytest.skip("tiles add in another order than the vectors that few rows are for")
     case = ExpertGemmCase(tokens=tokens, pattern="skewed", dtype=dtype, int8=int8)
     whole = make_expert_gemm(case)
     expected = out_of(whole, device)

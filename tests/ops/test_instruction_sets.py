@@ -12,7 +12,7 @@ from tenp import _C
 PRINT_ISA = "from tenp import _C; print(_C.cpu_isa())"
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def test_the_numeric_tests_pass_with(isa: str) -> None:
     if isa == _C.cpu_isa():
         pytest.skip("the other tests of this process have used it")

@@ -2,14 +2,15 @@
 
 // The two matrix products, A B^T and A B.
 //
-// Both copy a block of B, and one tile of rows of A at a time, as float32 into scratch:
-// conversions are paid once a block, tails are filled with zeros, and rows whose distance is a
-// power of two do not evict each other. Rows are a multiple of a page's lines plus one vector apart
-// there.
+// Both copy a block of B, and one tile of rows of A at a time, into scratch: conversions are paid
+// once a block, tails are filled with zeros, and rows whose distance is a power of two do not evict
+// each other. Rows are a multiple of a page's lines plus one line apart there. M says how lanes
+// multiply, and so what the copies are: float32 or pairs of bfloat16.
 
 #pragma once
 
 #include "cpu/isa/kernels.h"
+#include "cpu/isa/multiply.inc.h"
 #include "cpu/isa/vectors.inc.h"
 
 namespace tenp::cpu::TENP_ISA {
@@ -24,37 +25,30 @@ constexpr std::int64_t kNnRows = 6;  // 6 x 2 sums, 2 vectors of B: 14 of 16
 #endif
 constexpr std::int64_t kNtColumns = 4;
 constexpr std::int64_t kNtDepth = 1024;  // 128 columns of B: 520 KB; 6 rows of A: 24 KB
-constexpr std::int64_t kNtPitch = kNtDepth + 16;
 constexpr std::int64_t kNtDirectDepth = 8 * kNtDepth;  // 6 rows of A alone: 192 KB
-constexpr std::int64_t kNtDirectPitch = kNtDirectDepth + 16;
 constexpr std::int64_t kNnFewRows = kNnRows / 2;
 constexpr std::int64_t kNnAtOnce = 4;
-constexpr std::int64_t kNnVectors = 2;
-constexpr std::int64_t kNnColumns = kNnVectors * kLanes;
-constexpr std::int64_t kNnDepth = 256;  // 12 rows of A: 12 KB
-constexpr std::int64_t kNnPitch = kNnDepth + 16;
+constexpr std::int64_t kNnDepth = 256;                      // 12 rows of A: 12 KB
 constexpr std::int64_t kNnBlock = kNnDepth * kGemmColumns;  // values of B: 128 KB
-static_assert((kGemmColumns + kNtRows) * kNtPitch <= kGemmScratch);
-static_assert(kNtRows * kNtDirectPitch <= kGemmScratch);
-static_assert(kNnBlock + kNnRows * kNnPitch <= kGemmScratch);
-static_assert(kGemmColumns % kNtColumns == 0 && kGemmColumns % kNnColumns == 0);
-static_assert(kGemmWideColumns % kNnColumns == 0);
+static_assert(kGemmColumns % kNtColumns == 0 && kGemmColumns % kPanelColumns == 0);
+static_assert(kGemmWideColumns % kPanelColumns == 0);
 
-constexpr std::int64_t smaller(std::int64_t a, std::int64_t b) {
-    return a < b ? a : b;
-}
+constexpr std::int64_t kCacheLine = 64;
 
-/// Copies `count` values as float32 and fills up the last vector with zeros.
-template <class T>
-[[gnu::always_inline]] inline void to_floats(const T* from, std::int64_t count, float* to) {
-    std::int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-        store(to + i, load(from + i));
-    }
-    if (i < count) {
-        store(to + i, load_tail(from + i, count - i));
-    }
+/// Distance of rows of `depth` values in scratch.
+template <class M>
+constexpr std::int64_t pitch(std::int64_t depth) {
+    return depth + kCacheLine / static_cast<std::int64_t>(sizeof(typename M::Value));
 }
+template <class M>
+constexpr std::int64_t kNtPitch = pitch<M>(kNtDepth);
+template <class M>
+constexpr std::int64_t kNtDirectPitch = pitch<M>(kNtDirectDepth);
+template <class M>
+constexpr std::int64_t kNnPitch = pitch<M>(kNnDepth);
+static_assert((kGemmColumns + kNtRows) * kNtPitch<Singles> <= kGemmScratch);
+static_assert(kNtRows * kNtDirectPitch<Singles> <= kGemmScratch);
+static_assert(kNnBlock + kNnRows * kNnPitch<Singles> <= kGemmScratch);
 
 /// Calls f.operator()<n>() for n = rows, 1 <= rows <= kMost.
 template <std::int64_t kMost, class F>
@@ -68,19 +62,17 @@ template <std::int64_t kMost, class F>
     f.template operator()<kMost>();
 }
 
-constexpr std::int64_t kCacheLine = 64;
-
 /// Asks for the cache line of an address.
 [[gnu::always_inline]] inline void prefetch(const void* address) {
     __builtin_prefetch(address);
 }
 
-/// c[r, j] (+)= <row r of a, b[j]> for `columns` <= kNtColumns columns. `depth` is a multiple of
-/// kLanes; all pointers of b can be read. What `ahead` points to is asked for in passing, if it is
-/// given: the hardware does not see that the next row begins on another page.
-template <std::int64_t kRows, std::int64_t kPitch, bool kAhead, class T>
+/// c[r, j] (+)= <row r of a, b[j]> for `columns` <= kNtColumns columns. `depth` is a multiple of a
+/// vector's; all pointers of b can be read. What `ahead` points to is asked for in passing, if it
+/// is given: the hardware does not see that the next row begins on another page.
+template <class M, std::int64_t kRows, std::int64_t kPitch, bool kAhead, class T>
 [[gnu::noinline]] void nt_tile(
-    const float* a,
+    const typename M::Value* a,
     const T* const* b,
     const T* const* ahead,
     std::int64_t depth,
@@ -95,19 +87,21 @@ template <std::int64_t kRows, std::int64_t kPitch, bool kAhead, class T>
     const T* const b2 = b[2];
     const T* const b3 = b[3];
     Vector sum[kRows][kNtColumns] = {};
-    for (std::int64_t k = 0; k < depth; k += kLanes) {
+    for (std::int64_t k = 0; k < depth; k += kLanes * M::kDeep) {
         if (kAhead && k * static_cast<std::int64_t>(sizeof(T)) % kCacheLine == 0) {
             for (std::int64_t j = 0; j < kNtColumns; ++j) {
                 prefetch(ahead[j] + k);
             }
         }
-        const Vector b_lanes[kNtColumns] = {load(b0 + k), load(b1 + k), load(b2 + k), load(b3 + k)};
+        const decltype(M::lanes(b0)) b_lanes[kNtColumns] = {
+            M::lanes(b0 + k), M::lanes(b1 + k), M::lanes(b2 + k), M::lanes(b3 + k)
+        };
 #pragma GCC unroll 16
         for (std::int64_t r = 0; r < kRows; ++r) {
-            const Vector a_lanes = load(a + r * kPitch + k);
+            const auto a_lanes = M::lanes(a + r * kPitch + k);
 #pragma GCC unroll 16
             for (std::int64_t j = 0; j < kNtColumns; ++j) {
-                sum[r][j] += a_lanes * b_lanes[j];
+                sum[r][j] = M::add_product(sum[r][j], a_lanes, b_lanes[j]);
             }
         }
     }
@@ -128,11 +122,11 @@ template <std::int64_t kRows, std::int64_t kPitch, bool kAhead, class T>
 
 /// The product of one tile of rows with every column. A is at `a`, k is where its depth begins, and
 /// b_row(column) gives the rows of B from there on; kAhead asks for those of the next tile too.
-template <std::int64_t kPitch, bool kAhead, class T, class W, class Row>
+template <class M, std::int64_t kPitch, bool kAhead, class T, class W, class Row>
 [[gnu::always_inline]] inline void nt_tile_row(
     const Gemm<T, W>& g,
     std::int64_t row,
-    const float* a,
+    const typename M::Value* a,
     std::int64_t k,
     std::int64_t depth,
     Row b_row
@@ -153,7 +147,7 @@ template <std::int64_t kPitch, bool kAhead, class T, class W, class Row>
                     ahead[0] + d, ahead[1] + d, ahead[2] + d, ahead[3] + d
                 };
                 const std::int64_t most = smaller(kNtDepth, depth - d);
-                nt_tile<kRows, kPitch, kAhead>(
+                nt_tile<M, kRows, kPitch, kAhead>(
                     a + d, b_d, ahead_d, most, c, g.c_stride, columns, k + d > 0
                 );
             }
@@ -161,121 +155,120 @@ template <std::int64_t kPitch, bool kAhead, class T, class W, class Row>
     }
 }
 
-template <class T, class W>
+template <class M, class T, class W>
 void gemm_nt(const Gemm<T, W>& g) {
-    float* a = g.scratch;
-    float* b = a + kNtRows * kNtPitch;
+    using Value = typename M::Value;
+    auto* a = reinterpret_cast<Value*>(g.scratch);
+    Value* b = a + kNtRows * kNtPitch<M>;
     const auto copy_a = [&](std::int64_t row, std::int64_t k, std::int64_t depth,
-                            std::int64_t pitch) {
+                            std::int64_t a_pitch) {
         for (std::int64_t r = 0; r < smaller(kNtRows, g.rows - row); ++r) {
-            to_floats(g.a[row + r] + k, depth, a + r * pitch);
+            M::copy(g.a[row + r] + k, depth, a + r * a_pitch);
         }
     };
-    if (g.rows <= kNtRows && g.depth % kLanes == 0) {
+    if (g.rows <= kNtRows && g.depth % (kLanes * M::kDeep) == 0) {
         // One tile of rows uses every value of B once: it is read where it is, whole rows at a
         // time.
+        constexpr std::int64_t kPitch = kNtDirectPitch<M>;
         for (std::int64_t k = 0; k == 0 || k < g.depth; k += kNtDirectDepth) {
             const std::int64_t depth = smaller(kNtDirectDepth, g.depth - k);
-            copy_a(0, k, depth, kNtDirectPitch);
-            nt_tile_row<kNtDirectPitch, true>(g, 0, a, k, depth, [&](std::int64_t column) {
+            copy_a(0, k, depth, kPitch);
+            nt_tile_row<M, kPitch, true>(g, 0, a, k, depth, [&](std::int64_t column) {
                 return g.b[column] + k;
             });
         }
         return;
     }
+    constexpr std::int64_t kPitch = kNtPitch<M>;
     for (std::int64_t k = 0; k == 0 || k < g.depth; k += kNtDepth) {
         const std::int64_t depth = smaller(kNtDepth, g.depth - k);
         for (std::int64_t column = 0; column < g.columns; ++column) {
-            to_floats(g.b[column] + k, depth, b + column * kNtPitch);
+            M::copy(g.b[column] + k, depth, b + column * kPitch);
         }
         for (std::int64_t row = 0; row < g.rows; row += kNtRows) {
-            copy_a(row, k, depth, kNtPitch);
-            nt_tile_row<kNtPitch, false>(g, row, a, k, depth, [&](std::int64_t column) {
-                return static_cast<const float*>(b + column * kNtPitch);
+            copy_a(row, k, depth, kPitch);
+            nt_tile_row<M, kPitch, false>(g, row, a, k, depth, [&](std::int64_t column) {
+                return static_cast<const Value*>(b + column * kPitch);
             });
         }
     }
 }
 
-/// c[r, :] (+)= sum over k of a[r, k] * b[k, :] for one panel of kNnColumns columns.
-template <std::int64_t kRows>
+/// c[r, :] (+)= sum over k of a[r, k] * b[k, :] for one panel.
+template <class M, std::int64_t kRows>
 void nn_tile(
-    const float* a, const float* b, std::int64_t depth, float* c, std::int64_t c_stride, bool add
+    const typename M::Value* a,
+    const typename M::Value* b,
+    std::int64_t depth,
+    float* c,
+    std::int64_t c_stride,
+    bool add
 ) {
-    Vector sum[kRows][kNnVectors] = {};
+    Vector sum[kRows][kPanelVectors] = {};
     if (add) {
 #pragma GCC unroll 16
         for (std::int64_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-            for (std::int64_t v = 0; v < kNnVectors; ++v) {
+            for (std::int64_t v = 0; v < kPanelVectors; ++v) {
                 sum[r][v] = load(c + r * c_stride + v * kLanes);
             }
         }
     }
-    for (std::int64_t k = 0; k < depth; ++k) {
-        Vector b_lanes[kNnVectors];
+    for (std::int64_t k = 0; k < depth; k += M::kDeep) {
+        decltype(M::lanes(b)) b_lanes[kPanelVectors];
 #pragma GCC unroll 16
-        for (std::int64_t v = 0; v < kNnVectors; ++v) {
-            b_lanes[v] = load(b + k * kNnColumns + v * kLanes);
+        for (std::int64_t v = 0; v < kPanelVectors; ++v) {
+            b_lanes[v] = M::lanes(b + k * kPanelColumns + v * kLanes * M::kDeep);
         }
 #pragma GCC unroll 16
         for (std::int64_t r = 0; r < kRows; ++r) {
-            const float a_value = a[r * kNnPitch + k];
+            const auto a_values = M::spread(a + r * kNnPitch<M> + k);
 #pragma GCC unroll 16
-            for (std::int64_t v = 0; v < kNnVectors; ++v) {
-                sum[r][v] += a_value * b_lanes[v];
+            for (std::int64_t v = 0; v < kPanelVectors; ++v) {
+                sum[r][v] = M::add_product(sum[r][v], a_values, b_lanes[v]);
             }
         }
     }
 #pragma GCC unroll 16
     for (std::int64_t r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
-        for (std::int64_t v = 0; v < kNnVectors; ++v) {
+        for (std::int64_t v = 0; v < kPanelVectors; ++v) {
             store(c + r * c_stride + v * kLanes, sum[r][v]);
         }
     }
 }
 
-/// The same for the first `columns` < kNnColumns columns of a tile.
-template <std::int64_t kRows>
+/// The same for the first `columns` < kPanelColumns columns of a tile.
+template <class M, std::int64_t kRows>
 void nn_tile_tail(
-    const float* a,
-    const float* b,
+    const typename M::Value* a,
+    const typename M::Value* b,
     std::int64_t depth,
     float* c,
     std::int64_t c_stride,
     std::int64_t columns,
     bool add
 ) {
-    float tile[kRows * kNnColumns] = {};
+    float tile[kRows * kPanelColumns] = {};
     const auto copy = [&](auto move) {
         for (std::int64_t r = 0; r < kRows; ++r) {
             for (std::int64_t column = 0; column < columns; ++column) {
-                move(tile[r * kNnColumns + column], c[r * c_stride + column]);
+                move(tile[r * kPanelColumns + column], c[r * c_stride + column]);
             }
         }
     };
     if (add) {
         copy([](float& in_tile, float& in_c) { in_tile = in_c; });
     }
-    nn_tile<kRows>(a, b, depth, tile, kNnColumns, add);
+    nn_tile<M, kRows>(a, b, depth, tile, kPanelColumns, add);
     copy([](float& in_tile, float& in_c) { in_c = in_tile; });
-}
-
-/// Copies `count` values of one row of B to where its panels have them.
-template <class T>
-[[gnu::always_inline]] inline void to_panels(
-    const T* from, std::int64_t count, float* to, std::int64_t panel_size
-) {
-    for (std::int64_t i = 0; i < count; i += kNnColumns) {
-        to_floats(from + i, smaller(kNnColumns, count - i), to + i / kNnColumns * panel_size);
-    }
 }
 
 /// c[r, :] (+)= sum over k of a[r * a_stride + k] * b[k, :], kAtOnce rows of B at a time. With few
 /// rows of A every value of B is used once or twice: it is read where it is, whole rows at a time,
-/// while C stays in the L1 cache. The rows after these are asked for in passing.
-template <std::int64_t kRows, std::int64_t kAtOnce, class T>
+/// while C stays in the L1 cache. The rows after these are asked for in passing. It adds in the
+/// order in which M does.
+template <class M, std::int64_t kRows, std::int64_t kAtOnce, class T>
 [[gnu::noinline]] void nn_rows(
     const float* a,
     std::int64_t a_stride,
@@ -293,8 +286,9 @@ template <std::int64_t kRows, std::int64_t kAtOnce, class T>
             sum[r] = add ? read_at(c + r * c_stride + i) : Vector{};
         }
 #pragma GCC unroll 16
-        for (std::int64_t k = 0; k < kAtOnce; ++k) {
-            prefetch(b + (kAtOnce + k) * b_stride + i);
+        for (std::int64_t turn = 0; turn < kAtOnce; ++turn) {
+            prefetch(b + (kAtOnce + turn) * b_stride + i);
+            const std::int64_t k = kAtOnce > 1 ? turn ^ (M::kDeep - 1) : 0;
             const Vector b_lanes = read_at(b + k * b_stride + i);
 #pragma GCC unroll 16
             for (std::int64_t r = 0; r < kRows; ++r) {
@@ -308,74 +302,80 @@ template <std::int64_t kRows, std::int64_t kAtOnce, class T>
     });
 }
 
-/// Copies `depth` values of a row of A, from column k on, times their scales.
-template <class T, class W>
-[[gnu::always_inline]] inline void scaled_to_floats(
-    const Gemm<T, W>& g, std::int64_t row, std::int64_t k, std::int64_t depth, float* to
+/// Copies `depth` values of a row of A, from column k on, times their scales if the weights have
+/// such.
+template <class M, class T, class W>
+[[gnu::always_inline]] inline void copy_row(
+    const Gemm<T, W>& g, std::int64_t row, std::int64_t k, std::int64_t depth, typename M::Value* to
 ) {
-    if (g.a_scale == nullptr) {
-        to_floats(g.a[row] + k, depth, to);
-        return;
+    if constexpr (std::is_same_v<T, W>) {
+        M::copy(g.a[row] + k, depth, to);
+    } else {
+        for_each_vector(depth, [&](std::int64_t i, auto read_at, auto write_at) {
+            write_at(to + i, read_at(g.a[row] + k + i) * read_at(g.a_scale + k + i));
+        });
     }
-    for_each_vector(depth, [&](std::int64_t i, auto read_at, auto write_at) {
-        write_at(to + i, read_at(g.a[row] + k + i) * read_at(g.a_scale + k + i));
-    });
 }
 
-template <class T, class W>
+template <class M, class T, class W>
 void gemm_nn_few_rows(const Gemm<T, W>& g) {
+    constexpr std::int64_t kPitch = kNnPitch<Singles>;
     float* a = g.scratch;
     with_rows<kNnFewRows>(g.rows, [&]<std::int64_t kRows>() {
         for (std::int64_t k = 0; k == 0 || k < g.depth; k += kNnDepth) {
             const std::int64_t depth = smaller(kNnDepth, g.depth - k);
             for (std::int64_t r = 0; r < kRows; ++r) {
-                scaled_to_floats(g, r, k, depth, a + r * kNnPitch);
+                copy_row<Singles>(g, r, k, depth, a + r * kPitch);
             }
             std::int64_t d = 0;
-            for (; d + kNnAtOnce <= depth; d += kNnAtOnce) {
-                nn_rows<kRows, kNnAtOnce>(
-                    a + d, kNnPitch, g.b[k + d], g.b.stride, g.c, g.c_stride, g.columns, k + d > 0
-                );
-            }
-            for (; d < depth; ++d) {
-                nn_rows<kRows, 1>(
-                    a + d, kNnPitch, g.b[k + d], g.b.stride, g.c, g.c_stride, g.columns, k + d > 0
-                );
-            }
+            const auto add_rows = [&]<std::int64_t kAtOnce>() {
+                for (; d + kAtOnce <= depth; d += kAtOnce) {
+                    nn_rows<M, kRows, kAtOnce>(
+                        a + d, kPitch, g.b[k + d], g.b.stride, g.c, g.c_stride, g.columns, k + d > 0
+                    );
+                }
+            };
+            add_rows.template operator()<kNnAtOnce>();
+            add_rows.template operator()<M::kDeep>();
+            add_rows.template operator()<1>();
         }
     });
 }
 
-template <class T, class W>
+template <class M, class T, class W>
 void gemm_nn(const Gemm<T, W>& g) {
     if (g.rows <= kNnFewRows && g.depth > 0) {
-        gemm_nn_few_rows(g);
+        gemm_nn_few_rows<M>(g);
         return;
     }
-    const std::int64_t panels = (g.columns + kNnColumns - 1) / kNnColumns;
-    const std::int64_t most_depth = smaller(kNnDepth, kNnBlock / (panels * kNnColumns));
-    float* b = g.scratch;
-    float* a = b + kNnBlock;
+    constexpr std::int64_t kPitch = kNnPitch<M>;
+    const std::int64_t panels = (g.columns + kPanelColumns - 1) / kPanelColumns;
+    const std::int64_t fits = kNnBlock / (panels * kPanelColumns);
+    const std::int64_t most_depth = smaller(kNnDepth, fits / M::kDeep * M::kDeep);
+    auto* b = reinterpret_cast<typename M::Value*>(g.scratch);
+    auto* a = b + kNnBlock;
     for (std::int64_t k = 0; k == 0 || k < g.depth; k += most_depth) {
         const std::int64_t depth = smaller(most_depth, g.depth - k);
-        const std::int64_t panel_size = depth * kNnColumns;
-        for (std::int64_t d = 0; d < depth; ++d) {
-            to_panels(g.b[k + d], g.columns, b + d * kNnColumns, panel_size);
+        const std::int64_t panel_size =
+            (depth + M::kDeep - 1) / M::kDeep * M::kDeep * kPanelColumns;
+        for (std::int64_t d = 0; d < depth; d += M::kDeep) {
+            const W* next_row = d + 1 < depth ? g.b[k + d + 1] : nullptr;
+            M::copy_to_panels(g.b[k + d], next_row, g.columns, b + d * kPanelColumns, panel_size);
         }
         for (std::int64_t row = 0; row < g.rows; row += kNnRows) {
             const std::int64_t rows = smaller(kNnRows, g.rows - row);
             for (std::int64_t r = 0; r < rows; ++r) {
-                scaled_to_floats(g, row + r, k, depth, a + r * kNnPitch);
+                copy_row<M>(g, row + r, k, depth, a + r * kPitch);
             }
             with_rows<kNnRows>(rows, [&]<std::int64_t kRows>() {
                 for (std::int64_t panel = 0; panel < panels; ++panel) {
-                    const std::int64_t column = panel * kNnColumns;
-                    const float* b_panel = b + panel * panel_size;
+                    const std::int64_t column = panel * kPanelColumns;
+                    const auto* b_panel = b + panel * panel_size;
                     float* c = g.c + row * g.c_stride + column;
-                    if (column + kNnColumns <= g.columns) {
-                        nn_tile<kRows>(a, b_panel, depth, c, g.c_stride, k > 0);
+                    if (column + kPanelColumns <= g.columns) {
+                        nn_tile<M, kRows>(a, b_panel, depth, c, g.c_stride, k > 0);
                     } else {
-                        nn_tile_tail<kRows>(
+                        nn_tile_tail<M, kRows>(
                             a, b_panel, depth, c, g.c_stride, g.columns - column, k > 0
                         );
                     }

@@ -27,7 +27,8 @@ struct Rows {
     }
 };
 
-/// A matrix product takes at most this many columns at a time, so that its block of B fits L2.
+/// A matrix product takes this many columns at a time, so that its block of B fits L2. Some take
+/// more.
 inline constexpr std::int64_t kGemmColumns = 128;
 
 /// gemm_nn takes up to this many: with few rows, what counts is to read B in long pieces.
@@ -44,12 +45,12 @@ inline constexpr std::int64_t kGemmScratch = (kGemmColumns + 16) * 1040;
 template <class T, class W = T>
 struct Gemm {
     Rows<T> a;                   // [rows, depth]
-    const T* a_scale = nullptr;  // [depth], nn: what the columns of A are multiplied by; null: 1
+    const T* a_scale = nullptr;  // [depth], nn with int8 weights: of the columns of A
     Rows<W> b;                   // [columns, depth] for nt, [depth, columns] for nn
     float* c = nullptr;          // [rows, columns], overwritten
     std::int64_t c_stride = 0;
     std::int64_t rows = 0;
-    std::int64_t columns = 0;  // 1..kGemmColumns; for nn, 1..kGemmWideColumns
+    std::int64_t columns = 0;  // 1..nt_columns of the kernels; for nn, 1..kGemmWideColumns
     std::int64_t depth = 0;    // 0 gives zeros
     float* scratch = nullptr;  // [kGemmScratch]
 };
@@ -99,6 +100,13 @@ struct Contribute {
     double* peak = nullptr;
 };
 
+/// Products of bfloat16 matrices by instructions for them, in the place of those in float32.
+struct BFloat16Products {
+    void (*gemm_nt)(const Gemm<BFloat16>&);
+    void (*gemm_nn)(const Gemm<BFloat16>&);
+    std::int64_t nt_columns;
+};
+
 template <class T>
 struct TypedKernels {
     void (*gemm_nt)(const Gemm<T>&);
@@ -110,6 +118,7 @@ struct TypedKernels {
     void (*contribute)(const Contribute<T>&);
     void (*add_row)(float* sum, const T* row, std::int64_t count);
     double (*dot)(const T* a, const T* b, std::int64_t count);  // products and sum in float64
+    std::int64_t nt_columns = kGemmColumns;                     // that gemm_nt takes at most
 };
 
 /// sums[i][j] += sum over rows, in order, of a[row][i] b[row][j].
@@ -144,6 +153,8 @@ struct Kernels {
 extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const BFloat16Products kAvx512Bf16Products;
+extern const BFloat16Products kAmxProducts;
 
 /// The kernels that this process uses; see cpu_isa().
 const Kernels& kernels();

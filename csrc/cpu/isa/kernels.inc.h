@@ -15,9 +15,15 @@ namespace {
 template <class T>
 constexpr TypedKernels<T> typed_kernels() {
     return {
-        gemm_nt<T, T>,           gemm_nn<T, T>, gemm_nt<T, std::int8_t>,
-        gemm_nn<T, std::int8_t>, activate<T>,   combine<T>,
-        contribute<T>,           add_row<T>,    dot<T>,
+        gemm_nt<Singles, T, T>,
+        gemm_nn<Singles, T, T>,
+        gemm_nt<Singles, T, std::int8_t>,
+        gemm_nn<Singles, T, std::int8_t>,
+        activate<T>,
+        combine<T>,
+        contribute<T>,
+        add_row<T>,
+        dot<T>,
     };
 }
 

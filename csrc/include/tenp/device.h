@@ -15,10 +15,11 @@ TENP_API bool cuda_is_available() noexcept;
 /// Why cuda_is_available() is false, as one sentence; empty when it is true.
 TENP_API std::string cuda_unavailable_reason();
 
-/// Instruction set of the CPU kernels: "portable", "avx2" or "avx512". It is the best one that the
-/// machine has, unless the environment variable TENP_ISA names one.
+/// Instruction set of the CPU kernels: "portable", "avx2", "avx512", "avx512bf16" or "amx". It is
+/// the best one that the machine has, unless the environment variable TENP_ISA names one. The last
+/// two are AVX-512 with other products of bfloat16 matrices.
 ///
-/// Throws InvalidArgument when TENP_ISA is none of the three names, Unsupported when the machine
+/// Throws InvalidArgument when TENP_ISA is none of these names, Unsupported when the machine
 /// or the build lacks the one it names.
 TENP_API const char* cpu_isa();
 
