@@ -9,12 +9,11 @@
 
 namespace tenp::cpu {
 
-void accumulate_activation_stats(const ActivationStatsArgs& args) {
+void add_activation_stats(const ActivationStatsArgs& args, const double* norms) {
     const std::int64_t experts = args.counts.shape[0];
     const auto* offsets = data<const std::int32_t>(args.offsets);
     const auto* gates = data<const float>(args.gates);
 
-    const double* norms = row_norms(args.outputs, offsets[0], offsets[experts]);
     parallel_for(experts, [&](std::int64_t expert) {
         double gate_sum = 0;
         double norm_sum = 0;
@@ -34,6 +33,12 @@ void accumulate_activation_stats(const ActivationStatsArgs& args) {
         double& largest = data<double>(args.norm_max)[expert];
         largest = larger_or_nan(largest, norm_max);
     });
+}
+
+void accumulate_activation_stats(const ActivationStatsArgs& args) {
+    const auto* offsets = data<const std::int32_t>(args.offsets);
+    const std::int64_t experts = args.counts.shape[0];
+    add_activation_stats(args, row_norms(args.outputs, offsets[0], offsets[experts]));
 }
 
 }  // namespace tenp::cpu

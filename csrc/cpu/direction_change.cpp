@@ -9,22 +9,16 @@
 #include "cpu/scratch.h"
 
 namespace tenp::cpu {
-namespace {
-
-/// |y| (1 - cos(x, y)) = |y| - <x, y> / |x|
-template <class T>
-double direction_change(const T* x, const T* y, std::int64_t size) {
-    const auto dot = kernels().of<T>().dot;
-    const double yy = dot(y, y, size);
-    const double xx = dot(x, x, size);
-    if (yy == 0) {
-        return 0;
-    }
-    const double along_x = xx == 0 ? 0 : dot(x, y, size) / std::sqrt(xx);
-    return std::sqrt(yy) - along_x;
+void add_direction_change(const DirectionChangeArgs& args, const double* changes) {
+    const auto* offsets = data<const std::int32_t>(args.offsets);
+    parallel_for(args.direction_change.shape[0], [&](std::int64_t expert) {
+        double sum = 0;
+        for (std::int64_t row = offsets[expert]; row < offsets[expert + 1]; ++row) {
+            sum += changes[row];
+        }
+        data<double>(args.direction_change)[expert] += sum;
+    });
 }
-
-}  // namespace
 
 void accumulate_direction_change(const DirectionChangeArgs& args) {
     const std::int64_t experts = args.direction_change.shape[0];
@@ -38,16 +32,11 @@ void accumulate_direction_change(const DirectionChangeArgs& args) {
         for_each_row(offsets[0], offsets[experts], [&](std::int64_t row) {
             const T* x = data<const T>(args.hidden) + tokens[row] * args.hidden.stride[0];
             const T* y = data<const T>(args.outputs) + row * args.outputs.stride[0];
-            changes[row] = gates[row] * direction_change(x, y, args.hidden.shape[1]);
+            const DotProducts dots = kernels().of<T>().dots(x, y, args.hidden.shape[1]);
+            changes[row] = gates[row] * direction_change(dots);
         });
     });
-    parallel_for(experts, [&](std::int64_t expert) {
-        double sum = 0;
-        for (std::int64_t row = offsets[expert]; row < offsets[expert + 1]; ++row) {
-            sum += changes[row];
-        }
-        data<double>(args.direction_change)[expert] += sum;
-    });
+    add_direction_change(args, changes);
 }
 
 }  // namespace tenp::cpu

@@ -263,7 +263,7 @@ class Layer {
         if (const auto* bias = data<const T>(args_.down_bias)) {
             bias += task.expert * hidden_size() + task.column;
             for (std::int64_t row = 0; row < task.rows; ++row) {
-                kernels().of<T>().add_row(y + row * hidden_size(), bias, task.columns);
+                kernels().of<T>().add_row(y + row * hidden_size(), bias, 1, task.columns);
             }
         }
     }

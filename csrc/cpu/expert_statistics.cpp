@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <cmath>
 #include <span>
 #include <utility>
 #include <vector>
@@ -9,10 +10,12 @@
 #include "cpu/isa/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/row_blocks.h"
+#include "cpu/row_sums.h"
 #include "cpu/scratch.h"
 
-// Here the halves of the work are separate: y goes to memory, and the sums are those of the other
-// ops. The products are nearly all the time that this takes.
+// Here the parts of the work are separate: y goes to memory, what the sums need of every row is
+// computed once, and the sums are those of the other ops. The products are nearly all the time that
+// this takes.
 
 namespace tenp::cpu {
 namespace {
@@ -63,15 +66,15 @@ void compute_outputs(
     T* outputs,  // [S, H]
     const RowBlock& block,
     std::int64_t column,
-    std::int64_t columns
+    std::int64_t columns,
+    bool neurons_are_contiguous
 ) {
     thread_local Scratch scratch;
-    auto* gemm_scratch = scratch.get<float>(kGemmScratch + kGemmRows * kGemmColumns);
+    auto* gemm_scratch = scratch.get<float>(kGemmScratch + kGemmRows * columns);
     float* products = gemm_scratch + kGemmScratch;
     const std::int64_t hidden_size = args.hidden.shape[1];
     const TensorView& m = args.activations;
     const TensorView& down = args.down;
-    const bool neurons_are_contiguous = down.stride[2] == 1 || down.shape[2] <= 1;
     const TypedKernels<T>& run = kernels().of<T>();
     (neurons_are_contiguous ? run.gemm_nt : run.gemm_nn)({
         .a = {.data = data<const T>(m) + block.row * m.stride[0], .stride = m.stride[0]},
@@ -79,7 +82,7 @@ void compute_outputs(
             {.data = data<const T>(down) + block.expert * down.stride[0] + column * down.stride[1],
              .stride = down.stride[neurons_are_contiguous ? 1 : 2]},
         .c = products,
-        .c_stride = kGemmColumns,
+        .c_stride = columns,
         .rows = block.rows,
         .columns = columns,
         .depth = down.shape[2],
@@ -87,9 +90,7 @@ void compute_outputs(
     });
     for (std::int64_t row = 0; row < block.rows; ++row) {
         T* y = outputs + (block.row + row) * hidden_size + column;
-        for (std::int64_t i = 0; i < columns; ++i) {
-            y[i] = from_float<T>(products[row * kGemmColumns + i]);
-        }
+        run.round_row(products + row * columns, y, columns);
     }
 }
 
@@ -110,19 +111,13 @@ void add_outputs(const ExpertStatisticsArgs& args, const T* outputs, std::int64_
     }
     std::ranges::sort(rows);
     float* out = data<float>(args.out) + token * hidden_size;
+    const auto add_row = kernels().of<T>().add_row;
+    const auto* biases = data<const T>(args.down_bias);
     for (const auto& [row, gate] : rows) {
-        const T* y = outputs + row * hidden_size;
-        const auto* bias = data<const T>(args.down_bias);
-        if (bias == nullptr) {
-            for (std::int64_t i = 0; i < hidden_size; ++i) {
-                out[i] += gate * to_float(y[i]);
-            }
-            continue;
-        }
-        const auto expert = std::upper_bound(offsets, offsets + experts + 1, row) - offsets - 1;
-        bias += expert * hidden_size;
-        for (std::int64_t i = 0; i < hidden_size; ++i) {
-            out[i] += gate * (to_float(y[i]) + to_float(bias[i]));
+        add_row(out, outputs + row * hidden_size, gate, hidden_size);
+        if (biases != nullptr) {
+            const auto expert = std::upper_bound(offsets, offsets + experts + 1, row) - offsets - 1;
+            add_row(out, biases + expert * hidden_size, gate, hidden_size);
         }
     }
 }
@@ -142,10 +137,7 @@ void add_input_energy(
         const auto r = static_cast<std::size_t>(row);
         const double gate = facts.gates[r];
         const T* x = data<const T>(args.hidden) + facts.tokens[r] * args.hidden.stride[0] + column;
-        for (std::int64_t i = 0; i < columns; ++i) {
-            const double value = to_float(x[i]);
-            sums[i] += gate * gate * (value * value);
-        }
+        kernels().of<T>().add_squares(sums, x, gate * gate, columns);
     }
     double* energy = data<double>(args.input_energy) + expert * args.hidden.shape[1] + column;
     for (std::int64_t i = 0; i < columns; ++i) {
@@ -176,46 +168,69 @@ void run(const ExpertStatisticsArgs& args) {
     const RowFacts facts(args);
 
     const std::vector<RowBlock> row_blocks = row_blocks_of(offsets, experts, kGemmRows);
-    const std::int64_t blocks = (hidden_size + kGemmColumns - 1) / kGemmColumns;
+    const bool neurons_are_contiguous = args.down.stride[2] == 1 || args.down.shape[2] <= 1;
+    const std::int64_t columns =
+        neurons_are_contiguous ? kernels().of<T>().nt_columns : kGemmColumns;
+    const std::int64_t blocks = (hidden_size + columns - 1) / columns;
     parallel_for(std::ssize(row_blocks) * blocks, [&](std::int64_t task) {
-        const std::int64_t column = task % blocks * kGemmColumns;
+        const std::int64_t column = task % blocks * columns;
         compute_outputs<T>(
             args, outputs, row_blocks[static_cast<std::size_t>(task / blocks)], column,
-            std::min(kGemmColumns, hidden_size - column)
+            std::min(columns, hidden_size - column), neurons_are_contiguous
         );
+    });
+
+    std::vector<double> norms(static_cast<std::size_t>(rows));
+    std::vector<double> changes(norms.size());
+    for_each_row(offsets[0], offsets[experts], [&](std::int64_t row) {
+        const auto r = static_cast<std::size_t>(row);
+        const T* x = data<const T>(args.hidden) + facts.tokens[r] * args.hidden.stride[0];
+        const DotProducts dots =
+            kernels().of<T>().dots(x, outputs + row * hidden_size, hidden_size);
+        norms[r] = std::sqrt(dots.yy);
+        changes[r] = facts.gates[r] * direction_change(dots);
     });
 
     const TensorView y = contiguous_view(outputs, args.hidden.dtype, {rows, hidden_size});
     const TensorView gates = contiguous_view(facts.gates.data(), {rows});
-    accumulate_activation_stats({
-        .outputs = y,
-        .gates = gates,
-        .offsets = args.offsets,
-        .counts = args.counts,
-        .gate_sum = args.gate_sum,
-        .norm_sum = args.norm_sum,
-        .gated_norm_sum = args.gated_norm_sum,
-        .norm_max = args.norm_max,
-    });
-    accumulate_direction_change({
-        .hidden = args.hidden,
-        .outputs = y,
-        .tokens = contiguous_view(facts.tokens.data(), {rows}),
-        .gates = gates,
-        .offsets = args.offsets,
-        .direction_change = args.direction_change,
-    });
-    accumulate_neuron_contribution({
-        .activations = args.activations,
-        .outputs = y,
-        .down = args.down,
-        .gates = gates,
-        .offsets = args.offsets,
-        .projection = args.projection,
-        .magnitude = args.magnitude,
-        .energy = args.energy,
-        .peak = args.peak,
-    });
+    add_activation_stats(
+        {
+            .outputs = y,
+            .gates = gates,
+            .offsets = args.offsets,
+            .counts = args.counts,
+            .gate_sum = args.gate_sum,
+            .norm_sum = args.norm_sum,
+            .gated_norm_sum = args.gated_norm_sum,
+            .norm_max = args.norm_max,
+        },
+        norms.data()
+    );
+    add_direction_change(
+        {
+            .hidden = args.hidden,
+            .outputs = y,
+            .tokens = contiguous_view(facts.tokens.data(), {rows}),
+            .gates = gates,
+            .offsets = args.offsets,
+            .direction_change = args.direction_change,
+        },
+        changes.data()
+    );
+    add_neuron_contribution(
+        {
+            .activations = args.activations,
+            .outputs = y,
+            .down = args.down,
+            .gates = gates,
+            .offsets = args.offsets,
+            .projection = args.projection,
+            .magnitude = args.magnitude,
+            .energy = args.energy,
+            .peak = args.peak,
+        },
+        norms.data()
+    );
     add_shares(args, facts);
     const std::int64_t input_blocks = (hidden_size + kInputColumns - 1) / kInputColumns;
     parallel_for(experts * input_blocks, [&](std::int64_t task) {

@@ -85,12 +85,9 @@ void add_block(
 
 }  // namespace
 
-void accumulate_neuron_contribution(const NeuronContributionArgs& args) {
+void add_neuron_contribution(const NeuronContributionArgs& args, const double* norms) {
     const std::int64_t experts = args.down.shape[0];
     const std::int64_t width = args.down.shape[2];
-    const auto* offsets = data<const std::int32_t>(args.offsets);
-
-    const double* norms = row_norms(args.outputs, offsets[0], offsets[experts]);
     const std::int64_t blocks = (width + kGemmColumns - 1) / kGemmColumns;
     dispatch(args.activations.dtype, Floats{}, [&]<class T>() {
         parallel_for(experts * blocks, [&](std::int64_t task) {
@@ -99,6 +96,12 @@ void accumulate_neuron_contribution(const NeuronContributionArgs& args) {
             add_block<T>(args, norms, task / blocks, neuron, neurons);
         });
     });
+}
+
+void accumulate_neuron_contribution(const NeuronContributionArgs& args) {
+    const auto* offsets = data<const std::int32_t>(args.offsets);
+    const std::int64_t experts = args.down.shape[0];
+    add_neuron_contribution(args, row_norms(args.outputs, offsets[0], offsets[experts]));
 }
 
 }  // namespace tenp::cpu

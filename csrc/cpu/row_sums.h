@@ -4,12 +4,13 @@
 #include <cmath>
 #include <cstdint>
 
+#include "core/backend.h"
 #include "core/dispatch.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 
-// One number per row, computed in any order, so that the sums over rows can then be taken in
+// Numbers of every row, computed in any order, so that the sums over rows can then be taken in
 // theirs.
 
 namespace tenp::cpu {
@@ -34,14 +35,29 @@ inline const double* row_norms(const TensorView& matrix, std::int64_t first, std
     thread_local Scratch scratch;
     auto* norms = scratch.get<double>(matrix.shape[0]);
     dispatch(matrix.dtype, Floats{}, [&]<class T>() {
-        const auto dot = kernels().of<T>().dot;
+        const auto dots = kernels().of<T>().dots;
         for_each_row(first, last, [&](std::int64_t row) {
             const T* values = data<const T>(matrix) + row * matrix.stride[0];
-            norms[row] = std::sqrt(dot(values, values, matrix.shape[1]));
+            norms[row] = std::sqrt(dots(values, values, matrix.shape[1]).yy);
         });
     });
     return norms;
 }
+
+/// |y| (1 - cos(x, y)) = |y| - <x, y> / |x|
+inline double direction_change(const DotProducts& dots) {
+    if (dots.yy == 0) {
+        return 0;
+    }
+    const double along_x = dots.xx == 0 ? 0 : dots.xy / std::sqrt(dots.xx);
+    return std::sqrt(dots.yy) - along_x;
+}
+
+// The sums of three ops over rows of which that is known, at index row: |y|, or the change times
+// the gate.
+void add_activation_stats(const ActivationStatsArgs& args, const double* norms);
+void add_direction_change(const DirectionChangeArgs& args, const double* changes);
+void add_neuron_contribution(const NeuronContributionArgs& args, const double* norms);
 
 /// The larger of two values; NaN when one of them is.
 inline double larger_or_nan(double a, double b) {

@@ -107,6 +107,13 @@ struct BFloat16Products {
     std::int64_t nt_columns;
 };
 
+/// Products of two rows with themselves and each other, multiplied and added in float64.
+struct DotProducts {
+    double xx = 0;
+    double xy = 0;
+    double yy = 0;
+};
+
 template <class T>
 struct TypedKernels {
     void (*gemm_nt)(const Gemm<T>&);
@@ -116,9 +123,11 @@ struct TypedKernels {
     void (*activate)(const Activate<T>&);
     void (*combine)(const Combine<T>&);
     void (*contribute)(const Contribute<T>&);
-    void (*add_row)(float* sum, const T* row, std::int64_t count);
-    double (*dot)(const T* a, const T* b, std::int64_t count);  // products and sum in float64
-    std::int64_t nt_columns = kGemmColumns;                     // that gemm_nt takes at most
+    void (*round_row)(const float* row, T* out, std::int64_t count);
+    void (*add_row)(float* sums, const T* row, float factor, std::int64_t count);
+    void (*add_squares)(double* sums, const T* row, double factor, std::int64_t count);
+    DotProducts (*dots)(const T* x, const T* y, std::int64_t count);
+    std::int64_t nt_columns = kGemmColumns;  // that gemm_nt takes at most
 };
 
 /// sums[i][j] += sum over rows, in order, of a[row][i] b[row][j].

@@ -22,8 +22,10 @@ constexpr TypedKernels<T> typed_kernels() {
         activate<T>,
         combine<T>,
         contribute<T>,
+        round_row<T>,
         add_row<T>,
-        dot<T>,
+        add_squares<T>,
+        dots<T>,
     };
 }
 

@@ -22,9 +22,16 @@ void combine(const Combine<T>& token) {
 }
 
 template <class T>
-void add_row(float* sum, const T* row, std::int64_t count) {
+void round_row(const float* row, T* out, std::int64_t count) {
     for_each_vector(count, [&](std::int64_t i, auto read_at, auto write_at) {
-        write_at(sum + i, read_at(sum + i) + read_at(row + i));
+        write_at(out + i, read_at(row + i));
+    });
+}
+
+template <class T>
+void add_row(float* sums, const T* row, float factor, std::int64_t count) {
+    for_each_vector(count, [&](std::int64_t i, auto read_at, auto write_at) {
+        write_at(sums + i, read_at(sums + i) + factor * read_at(row + i));
     });
 }
 
@@ -38,22 +45,51 @@ template <int kFirst>
     }(std::make_integer_sequence<int, kHalf>());
 }
 
-template <class T>
-double dot(const T* a, const T* b, std::int64_t count) {
-    Doubles low = {};
-    Doubles high = {};
-    for_each_vector(count, [&](std::int64_t i, auto read_at, auto) {
-        const Vector a_lanes = read_at(a + i);
-        const Vector b_lanes = read_at(b + i);
-        low += half<0>(a_lanes) * half<0>(b_lanes);
-        high += half<kHalf>(a_lanes) * half<kHalf>(b_lanes);
-    });
+/// The sum of the lanes, the lower half's and the upper half's of each vector of floats.
+[[gnu::always_inline]] inline double total(Doubles low, Doubles high) {
     const Doubles both = low + high;
     double sum = 0;
     for (int lane = 0; lane < kHalf; ++lane) {
         sum += both[lane];
     }
     return sum;
+}
+
+template <class T>
+DotProducts dots(const T* x, const T* y, std::int64_t count) {
+    Doubles xx[2] = {};
+    Doubles xy[2] = {};
+    Doubles yy[2] = {};
+    for_each_vector(count, [&](std::int64_t i, auto read_at, auto) {
+        const Vector x_lanes = read_at(x + i);
+        const Vector y_lanes = read_at(y + i);
+        const Doubles x_halves[2] = {half<0>(x_lanes), half<kHalf>(x_lanes)};
+        const Doubles y_halves[2] = {half<0>(y_lanes), half<kHalf>(y_lanes)};
+        for (int h = 0; h < 2; ++h) {
+            xx[h] += x_halves[h] * x_halves[h];
+            xy[h] += x_halves[h] * y_halves[h];
+            yy[h] += y_halves[h] * y_halves[h];
+        }
+    });
+    return {total(xx[0], xx[1]), total(xy[0], xy[1]), total(yy[0], yy[1])};
+}
+
+/// sums[i] += factor row[i]^2
+template <class T>
+void add_squares(double* sums, const T* row, double factor, std::int64_t count) {
+    const auto add = [&](Doubles value, double* to) {
+        write(to, read<Doubles>(to) + factor * (value * value));
+    };
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) {
+        const Vector lanes = load(row + i);
+        add(half<0>(lanes), sums + i);
+        add(half<kHalf>(lanes), sums + i + kHalf);
+    }
+    for (; i < count; ++i) {
+        const double value = to_float(row[i]);
+        sums[i] += factor * (value * value);
+    }
 }
 
 [[gnu::always_inline]] inline Doubles magnitude(Doubles value) {
