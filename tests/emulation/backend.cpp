@@ -3,7 +3,6 @@
 #include <cstddef>
 #include <cstring>
 #include <memory>
-#include <new>
 
 #include "core/backend.h"
 #include "core/dispatch.h"
@@ -14,31 +13,20 @@
 namespace tenp::cpu {
 namespace {
 
-class PoisonedWorkspace {
- public:
-    explicit PoisonedWorkspace(std::size_t bytes)
-        : bytes_(bytes),
-          memory_(new unsigned char[bytes]) {
-        std::memset(memory_.get(), 0xff, bytes);
-    }
-    TensorView view() const {
-        return contiguous_view(memory_.get(), {static_cast<std::int64_t>(bytes_)});
-    }
-
- private:
-    std::size_t bytes_;
-    std::unique_ptr<unsigned char[]> memory_;
-};
+/// Runs a kernel with a workspace that is exactly as large as its size says.
+template <class Args>
+void run(void (*kernel)(const Args&, Stream), Args args, std::size_t workspace_bytes) {
+    const std::unique_ptr<unsigned char[]> workspace(new unsigned char[workspace_bytes]);
+    std::memset(workspace.get(), 0xff, workspace_bytes);
+    args.workspace = contiguous_view(workspace.get(), {static_cast<std::int64_t>(workspace_bytes)});
+    kernel(args, nullptr);
+}
 
 }  // namespace
 
 void route(const RoutingArgs& args) {
-    const PoisonedWorkspace workspace(
-        cuda::route_workspace_bytes(args.slots.shape[0], args.offsets.shape[0] - 1)
-    );
-    RoutingArgs with_workspace = args;
-    with_workspace.workspace = workspace.view();
-    cuda::route(with_workspace, nullptr);
+    run(cuda::route, args,
+        cuda::route_workspace_bytes(args.slots.shape[0], args.offsets.shape[0] - 1));
 }
 
 void tile_table(const TileTableArgs& args) {
@@ -46,34 +34,22 @@ void tile_table(const TileTableArgs& args) {
 }
 
 void accumulate_activation_stats(const ActivationStatsArgs& args) {
-    const PoisonedWorkspace workspace(
-        cuda::activation_stats_workspace_bytes(args.outputs.shape[0], args.counts.shape[0])
-    );
-    ActivationStatsArgs with_workspace = args;
-    with_workspace.workspace = workspace.view();
-    cuda::accumulate_activation_stats(with_workspace, nullptr);
+    run(cuda::accumulate_activation_stats, args,
+        cuda::activation_stats_workspace_bytes(args.outputs.shape[0], args.counts.shape[0]));
 }
 
 void accumulate_direction_change(const DirectionChangeArgs& args) {
-    const PoisonedWorkspace workspace(
+    run(cuda::accumulate_direction_change, args,
         cuda::direction_change_workspace_bytes(
             args.outputs.shape[0], args.direction_change.shape[0]
-        )
-    );
-    DirectionChangeArgs with_workspace = args;
-    with_workspace.workspace = workspace.view();
-    cuda::accumulate_direction_change(with_workspace, nullptr);
+        ));
 }
 
 void accumulate_neuron_contribution(const NeuronContributionArgs& args) {
-    const PoisonedWorkspace workspace(
+    run(cuda::accumulate_neuron_contribution, args,
         cuda::neuron_contribution_workspace_bytes(
             args.activations.shape[0], args.down.shape[0], args.down.shape[2]
-        )
-    );
-    NeuronContributionArgs with_workspace = args;
-    with_workspace.workspace = workspace.view();
-    cuda::accumulate_neuron_contribution(with_workspace, nullptr);
+        ));
 }
 
 void accumulate_second_moment(const SecondMomentArgs& args) {
@@ -81,26 +57,18 @@ void accumulate_second_moment(const SecondMomentArgs& args) {
 }
 
 void expert_activations(const ExpertActivationsArgs& args) {
-    const PoisonedWorkspace workspace(
+    run(cuda::expert_activations, args,
         cuda::expert_activations_workspace_bytes(
             args.activations.shape[0], args.up.shape[0], args.up.shape[1]
-        )
-    );
-    ExpertActivationsArgs with_workspace = args;
-    with_workspace.workspace = workspace.view();
-    cuda::expert_activations(with_workspace, nullptr);
+        ));
 }
 
 void expert_statistics(const ExpertStatisticsArgs& args) {
-    const PoisonedWorkspace workspace(
+    run(cuda::expert_statistics, args,
         cuda::expert_statistics_workspace_bytes(
             args.activations.shape[0], args.down.shape[0], args.down.shape[1], args.down.shape[2],
             args.hidden.dtype
-        )
-    );
-    ExpertStatisticsArgs with_workspace = args;
-    with_workspace.workspace = workspace.view();
-    cuda::expert_statistics(with_workspace, nullptr);
+        ));
 }
 
 std::size_t expert_statistics_workspace_bytes(std::int64_t, std::int64_t, DType) {
@@ -114,15 +82,11 @@ void expert_gemm(const ExpertGemmArgs& args) {
     for (std::int64_t expert = 0; expert < args.widths.shape[0]; ++expert) {
         with_width.max_width = std::max<std::int64_t>(with_width.max_width, widths[expert]);
     }
-    // Not the caller's: this one is exactly as large as its size says.
-    const PoisonedWorkspace workspace(
+    run(cuda::expert_gemm, with_width,
         cuda::expert_gemm_workspace_bytes(
             args.hidden.shape[0], args.expert_ids.shape[1], args.hidden.shape[1],
             args.widths.shape[0], with_width.max_width, args.hidden.dtype
-        )
-    );
-    with_width.workspace = workspace.view();
-    cuda::expert_gemm(with_width, nullptr);
+        ));
 }
 
 std::size_t expert_gemm_workspace_bytes(
