@@ -20,9 +20,10 @@ import torch
 from tenp import adapter, moments
 from tenp.errors import InvalidArgument
 from tenp.layerwise import LayerwiseModel
+from tenp.reading import READ_AHEAD
 from tenp.samples import Samples
 from tenp.storage import Offload
-from tenp.streaming import READ_AHEAD, Stream
+from tenp.streaming import Stream
 
 #: Python, torch and transformers hold 260 MiB once they have computed; the rest is what an
 #: allocator keeps of freed blocks.

@@ -8,10 +8,11 @@ a read that comes up short can be told to the user. Reads are counted, and any t
 from __future__ import annotations
 
 import os
+import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ from tenp.errors import CheckpointError
 
 #: One read of so many bytes is as fast as a larger one and leaves the lock of the file often.
 _CHUNK = 16 << 20
+
+#: Experts read ahead while one computes; more would not be faster, because reads are sequential.
+READ_AHEAD = 2
+
+T = TypeVar("T")
 
 
 class Reader:
@@ -223,3 +229,39 @@ def _state(path: Path) -> tuple[int, int, int]:
             "put it back and run the same command again"
         ) from error
     return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def read_ahead(read: Callable[[int], T], count: int) -> Iterator[T]:
+    """Yield `read(0)` to `read(count - 1)`, read in a thread of its own, `READ_AHEAD` at most waiting."""
+    waiting: queue.Queue[T | Exception] = queue.Queue(READ_AHEAD)
+    stopped = threading.Event()
+
+    def put(item: T | Exception) -> None:
+        while not stopped.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def work() -> None:
+        try:
+            for number in range(count):
+                if stopped.is_set():
+                    return
+                put(read(number))
+        except Exception as error:
+            put(error)
+
+    thread = threading.Thread(target=work, name="tenp-read-ahead", daemon=True)
+    thread.start()
+    try:
+        for _ in range(count):
+            item = waiting.get()
+            if isinstance(item, Exception):
+                raise item
+            yield item
+            del item
+    finally:
+        stopped.set()
+        thread.join()

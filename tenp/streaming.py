@@ -10,11 +10,9 @@ statistics, are those of `tenp.calibration`, so the results are the same bits.
 from __future__ import annotations
 
 import dataclasses
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +32,7 @@ from tenp.calibration import (
 from tenp.distributed import Group
 from tenp.errors import CheckpointError
 from tenp.layerwise import LayerwiseModel
+from tenp.reading import read_ahead
 from tenp.samples import Samples
 from tenp.source import Source
 from tenp.statistics import ALL_STATISTICS, LayerStatistics, Statistics
@@ -41,13 +40,9 @@ from tenp.storage import Storage
 from tenp.workdir import WorkDirectory
 
 Stream = Literal["none", "layers", "experts"]
-T = TypeVar("T")
 
 #: A layer and its statistics to a function that reads what one of its experts becomes.
 Successors = Callable[[int, LayerStatistics], Callable[[int], dict[str, Tensor]]]
-
-#: Experts read ahead while one computes; more would not be faster, because reads are sequential.
-READ_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -450,42 +445,6 @@ def _returning(results: list[Tensor]) -> Callable[[int], Callable[..., Tensor]]:
         )
 
     return of_batch
-
-
-def read_ahead(read: Callable[[int], T], count: int) -> Iterator[T]:
-    """Yield `read(0)` to `read(count - 1)`, read in a thread of its own, `READ_AHEAD` at most waiting."""
-    waiting: queue.Queue[T | Exception] = queue.Queue(READ_AHEAD)
-    stopped = threading.Event()
-
-    def put(item: T | Exception) -> None:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-                return
-            except queue.Full:
-                continue
-
-    def work() -> None:
-        try:
-            for number in range(count):
-                if stopped.is_set():
-                    return
-                put(read(number))
-        except Exception as error:
-            put(error)
-
-    thread = threading.Thread(target=work, name="tenp-read-ahead", daemon=True)
-    thread.start()
-    try:
-        for _ in range(count):
-            item = waiting.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-            del item
-    finally:
-        stopped.set()
-        thread.join()
 
 
 @torch.no_grad()

@@ -22,8 +22,7 @@ from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError
 from tenp.layerwise import LayerwiseModel, expert_reader
 from tenp.plan import Plan
-from tenp.reading import Reader
-from tenp.streaming import read_ahead
+from tenp.reading import Reader, read_ahead
 
 #: float32 sums over fewer terms differ by about 1e-6 of the largest output.
 _BOUND = 1e-5
