@@ -66,16 +66,26 @@ constexpr double kTileFlops = 2.0 * 16 * 16 * 32;
 
 extern "C" {
 
-/// Reads `bytes` bytes (a multiple of 4096 a thread), each thread a part of its own.
+/// Reads `bytes` bytes (a multiple of 4096 a thread), each thread a part of its own, in four places
+/// at once and asking ahead: one place at a time gets three quarters of that from a Cascade Lake's
+/// memory.
 void tenp_read(const char* memory, std::int64_t bytes, int threads) {
     on_threads(threads, [=](int thread) {
+        constexpr std::int64_t kPlaces = 4;
+        constexpr std::int64_t kLine = 64;
+        constexpr std::int64_t kAhead = 1024;
         const std::int64_t pages = bytes / 4096;
         const std::int64_t begin = pages * thread / threads * 4096;
         const std::int64_t end = pages * (thread + 1) / threads * 4096;
-        Words sums[4] = {};
-        for (std::int64_t at = begin; at < end; at += 4 * kBytes) {
-            for (int i = 0; i < 4; ++i) {
-                sums[i] += *reinterpret_cast<const Words*>(memory + at + i * kBytes);
+        const std::int64_t apart = (end - begin) / kPlaces;
+        Words sums[kPlaces] = {};
+        for (std::int64_t at = begin; at < begin + apart; at += kLine) {
+            for (std::int64_t place = 0; place < kPlaces; ++place) {
+                const char* line = memory + at + place * apart;
+                __builtin_prefetch(line + kAhead);
+                for (std::int64_t i = 0; i < kLine; i += kBytes) {
+                    sums[place] += *reinterpret_cast<const Words*>(line + i);
+                }
             }
         }
         Words sum = sums[0] + sums[1] + sums[2] + sums[3];
