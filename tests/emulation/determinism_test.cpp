@@ -6,13 +6,16 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
+#include "core/backend.h"
 #include "core/float16.h"
 #include "tenp/tenp.h"
 
 // Results of the CUDA kernels are the same bits for any number of multiprocessors and in whatever
-// order blocks and threads run. Padding is NaN throughout.
+// order blocks and threads run. Padding is NaN throughout, and so are workspaces.
 
 namespace tenp {
 namespace {
@@ -68,6 +71,19 @@ void check_every_grid(F f) {
     unsetenv("TENP_EMULATION_REVERSE");
 }
 
+/// Runs kernels with a workspace that is exactly as large as its size says.
+template <class Args>
+void run(
+    void (*kernels)(const Args&, Stream),
+    std::type_identity_t<Args> args,
+    std::size_t workspace_bytes
+) {
+    const std::unique_ptr<unsigned char[]> workspace(new unsigned char[workspace_bytes]);
+    std::memset(workspace.get(), 0xff, workspace_bytes);
+    args.workspace = contiguous_view(workspace.get(), {static_cast<std::int64_t>(workspace_bytes)});
+    kernels(args, nullptr);
+}
+
 std::vector<std::int32_t> some_ids(std::int64_t count, int experts) {
     Numbers numbers;
     std::vector<std::int32_t> ids(static_cast<std::size_t>(count));
@@ -84,12 +100,14 @@ TEST_CASE("routing of several chunks does not depend on the order of blocks and 
     auto ids = some_ids(kTokens * kPerToken, kExperts);
     std::vector<std::int32_t> offsets(kExperts + 1), slots(ids.size()), rows(ids.size());
     check_every_grid([&] {
-        route({
-            .expert_ids = contiguous_view(ids.data(), {kTokens, kPerToken}),
-            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
-            .slots = contiguous_view(slots.data(), {kTokens * kPerToken}),
-            .rows = contiguous_view(rows.data(), {kTokens, kPerToken}),
-        });
+        run(cuda::route,
+            {
+                .expert_ids = contiguous_view(ids.data(), {kTokens, kPerToken}),
+                .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+                .slots = contiguous_view(slots.data(), {kTokens * kPerToken}),
+                .rows = contiguous_view(rows.data(), {kTokens, kPerToken}),
+            },
+            cuda::route_workspace_bytes(kTokens * kPerToken, kExperts));
         return bytes_of(slots);
     });
     // By expert, then slot; -1 after the last.
@@ -131,23 +149,23 @@ void check_expert_gemm(std::int64_t tokens, std::int64_t hidden_size) {
     auto ids = some_ids(tokens * per_token, static_cast<int>(experts));
     std::vector<float> gates(ids.size(), 0.25f);
     std::vector<BFloat16> out(static_cast<std::size_t>(tokens * hidden_size));
-    std::vector<unsigned char> workspace(
-        expert_gemm_workspace_bytes(tokens, per_token, hidden_size, experts, 200, DType::kBFloat16)
-    );
     check_every_grid([&] {
         std::fill(out.begin(), out.end(), from_float<BFloat16>(kNaN));
-        expert_gemm({
-            .hidden = view(hidden, {tokens, hidden_size}),
-            .expert_ids = contiguous_view(ids.data(), {tokens, per_token}),
-            .gates = contiguous_view(gates.data(), {tokens, per_token}),
-            .gate_up = view(gate_up, {2 * rows, hidden_size}),
-            .down = view(down, {rows, hidden_size}),
-            .widths = contiguous_view(widths.data(), {experts}),
-            .neuron_offsets = contiguous_view(layout.offsets().data(), {experts + 1}),
-            .max_width = 200,
-            .out = view(out, {tokens, hidden_size}),
-            .workspace = contiguous_view(workspace.data(), {std::ssize(workspace)}),
-        });
+        run(cuda::expert_gemm,
+            {
+                .hidden = view(hidden, {tokens, hidden_size}),
+                .expert_ids = contiguous_view(ids.data(), {tokens, per_token}),
+                .gates = contiguous_view(gates.data(), {tokens, per_token}),
+                .gate_up = view(gate_up, {2 * rows, hidden_size}),
+                .down = view(down, {rows, hidden_size}),
+                .widths = contiguous_view(widths.data(), {experts}),
+                .neuron_offsets = contiguous_view(layout.offsets().data(), {experts + 1}),
+                .max_width = 200,
+                .out = view(out, {tokens, hidden_size}),
+            },
+            cuda::expert_gemm_workspace_bytes(
+                tokens, per_token, hidden_size, experts, 200, DType::kBFloat16
+            ));
         return bytes_of(out);
     });
     for (const BFloat16 value : out) {
@@ -195,35 +213,41 @@ TEST_CASE("statistics of several chunks do not depend on the grid") {
         const auto by_neuron = [&](std::size_t kind) {
             return contiguous_view(sums[kind].data(), {kExperts, kNeurons});
         };
-        accumulate_neuron_contribution({
-            .activations = view(activations, {kRows, kNeurons}),
-            .outputs = view(outputs, {kRows, kHidden}),
-            .down = view(down, {kExperts, kHidden, kNeurons}),
-            .gates = contiguous_view(gates.data(), {kRows}),
-            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
-            .projection = by_neuron(0),
-            .magnitude = by_neuron(1),
-            .energy = by_neuron(2),
-            .peak = by_neuron(3),
-        });
-        accumulate_direction_change({
-            .hidden = view(outputs, {kRows, kHidden}),
-            .outputs = view(outputs, {kRows, kHidden}),
-            .tokens = contiguous_view(tokens.data(), {kRows}),
-            .gates = contiguous_view(gates.data(), {kRows}),
-            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
-            .direction_change = contiguous_view(change.data(), {kExperts}),
-        });
-        accumulate_activation_stats({
-            .outputs = view(outputs, {kRows, kHidden}),
-            .gates = contiguous_view(gates.data(), {kRows}),
-            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
-            .counts = contiguous_view(counts.data(), {kExperts}),
-            .gate_sum = contiguous_view(stats[0].data(), {kExperts}),
-            .norm_sum = contiguous_view(stats[1].data(), {kExperts}),
-            .gated_norm_sum = contiguous_view(stats[2].data(), {kExperts}),
-            .norm_max = contiguous_view(stats[3].data(), {kExperts}),
-        });
+        run(cuda::accumulate_neuron_contribution,
+            {
+                .activations = view(activations, {kRows, kNeurons}),
+                .outputs = view(outputs, {kRows, kHidden}),
+                .down = view(down, {kExperts, kHidden, kNeurons}),
+                .gates = contiguous_view(gates.data(), {kRows}),
+                .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+                .projection = by_neuron(0),
+                .magnitude = by_neuron(1),
+                .energy = by_neuron(2),
+                .peak = by_neuron(3),
+            },
+            cuda::neuron_contribution_workspace_bytes(kRows, kExperts, kNeurons));
+        run(cuda::accumulate_direction_change,
+            {
+                .hidden = view(outputs, {kRows, kHidden}),
+                .outputs = view(outputs, {kRows, kHidden}),
+                .tokens = contiguous_view(tokens.data(), {kRows}),
+                .gates = contiguous_view(gates.data(), {kRows}),
+                .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+                .direction_change = contiguous_view(change.data(), {kExperts}),
+            },
+            cuda::direction_change_workspace_bytes(kRows, kExperts));
+        run(cuda::accumulate_activation_stats,
+            {
+                .outputs = view(outputs, {kRows, kHidden}),
+                .gates = contiguous_view(gates.data(), {kRows}),
+                .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+                .counts = contiguous_view(counts.data(), {kExperts}),
+                .gate_sum = contiguous_view(stats[0].data(), {kExperts}),
+                .norm_sum = contiguous_view(stats[1].data(), {kExperts}),
+                .gated_norm_sum = contiguous_view(stats[2].data(), {kExperts}),
+                .norm_max = contiguous_view(stats[3].data(), {kExperts}),
+            },
+            cuda::activation_stats_workspace_bytes(kRows, kExperts));
         std::vector<double> all = change;
         for (const auto* group : {&sums, &stats}) {
             for (const auto& sum : *group) {
@@ -245,12 +269,14 @@ TEST_CASE("a calibration pass does not depend on the grid") {
     auto down = numbers.bfloat16(kExperts * kHidden * kNeurons);
     auto ids = some_ids(kSlots, kExperts);
     std::vector<std::int32_t> offsets(kExperts + 1), slots(kSlots), rows(kSlots);
-    route({
-        .expert_ids = contiguous_view(ids.data(), {kTokens, kPerToken}),
-        .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
-        .slots = contiguous_view(slots.data(), {kSlots}),
-        .rows = contiguous_view(rows.data(), {kTokens, kPerToken}),
-    });
+    run(cuda::route,
+        {
+            .expert_ids = contiguous_view(ids.data(), {kTokens, kPerToken}),
+            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+            .slots = contiguous_view(slots.data(), {kSlots}),
+            .rows = contiguous_view(rows.data(), {kTokens, kPerToken}),
+        },
+        cuda::route_workspace_bytes(kTokens * kPerToken, kExperts));
     std::vector<float> gates(kSlots);
     for (float& gate : gates) {
         gate = numbers.next();
@@ -265,19 +291,18 @@ TEST_CASE("a calibration pass does not depend on the grid") {
     std::vector<float> out(kTokens * kHidden);
     std::vector<std::int64_t> counts(kExperts);
     std::vector<double> sums;
-    std::vector<unsigned char> workspace(
-        expert_statistics_workspace_bytes(kSlots, kExperts, kHidden, kNeurons, DType::kBFloat16)
-    );
     check_every_grid([&] {
-        expert_activations({
-            .hidden = view(hidden, {kTokens, kHidden}),
-            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
-            .slots = contiguous_view(slots.data(), {kSlots}),
-            .gate = halves(0),
-            .up = halves(kNeurons),
-            .per_token = kPerToken,
-            .activations = view(activations, {kSlots, kNeurons}),
-        });
+        run(cuda::expert_activations,
+            {
+                .hidden = view(hidden, {kTokens, kHidden}),
+                .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+                .slots = contiguous_view(slots.data(), {kSlots}),
+                .gate = halves(0),
+                .up = halves(kNeurons),
+                .per_token = kPerToken,
+                .activations = view(activations, {kSlots, kNeurons}),
+            },
+            cuda::expert_activations_workspace_bytes(kSlots, kExperts, kNeurons));
         out.assign(out.size(), 0);
         sums.assign(kExperts * (6 + kHidden + 4 * kNeurons + kPacked), 0);
         double* next = sums.data();
@@ -286,39 +311,45 @@ TEST_CASE("a calibration pass does not depend on the grid") {
             next += taken.shape[0] * taken.stride[0];
             return taken;
         };
-        expert_statistics({
-            .hidden = view(hidden, {kTokens, kHidden}),
-            .activations = view(activations, {kSlots, kNeurons}),
-            .down = view(down, {kExperts, kHidden, kNeurons}),
-            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
-            .slots = contiguous_view(slots.data(), {kSlots}),
-            .rows = contiguous_view(rows.data(), {kTokens, kPerToken}),
-            .gates = contiguous_view(gates.data(), {kTokens, kPerToken}),
-            .out = contiguous_view(out.data(), {kTokens, kHidden}),
-            .counts = contiguous_view(counts.data(), {kExperts}),
-            .gate_sum = take({kExperts}),
-            .normalized_gate_sum = take({kExperts}),
-            .norm_sum = take({kExperts}),
-            .gated_norm_sum = take({kExperts}),
-            .norm_max = take({kExperts}),
-            .direction_change = take({kExperts}),
-            .input_energy = take({kExperts, kHidden}),
-            .projection = take({kExperts, kNeurons}),
-            .magnitude = take({kExperts, kNeurons}),
-            .energy = take({kExperts, kNeurons}),
-            .peak = take({kExperts, kNeurons}),
-            .workspace = contiguous_view(workspace.data(), {std::ssize(workspace)}),
-        });
+        run(cuda::expert_statistics,
+            {
+                .hidden = view(hidden, {kTokens, kHidden}),
+                .activations = view(activations, {kSlots, kNeurons}),
+                .down = view(down, {kExperts, kHidden, kNeurons}),
+                .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+                .slots = contiguous_view(slots.data(), {kSlots}),
+                .rows = contiguous_view(rows.data(), {kTokens, kPerToken}),
+                .gates = contiguous_view(gates.data(), {kTokens, kPerToken}),
+                .out = contiguous_view(out.data(), {kTokens, kHidden}),
+                .counts = contiguous_view(counts.data(), {kExperts}),
+                .gate_sum = take({kExperts}),
+                .normalized_gate_sum = take({kExperts}),
+                .norm_sum = take({kExperts}),
+                .gated_norm_sum = take({kExperts}),
+                .norm_max = take({kExperts}),
+                .direction_change = take({kExperts}),
+                .input_energy = take({kExperts, kHidden}),
+                .projection = take({kExperts, kNeurons}),
+                .magnitude = take({kExperts, kNeurons}),
+                .energy = take({kExperts, kNeurons}),
+                .peak = take({kExperts, kNeurons}),
+            },
+            cuda::expert_statistics_workspace_bytes(
+                kSlots, kExperts, kHidden, kNeurons, DType::kBFloat16
+            ));
         std::vector<float> row_gates(kSlots);
         for (std::size_t row = 0; row < static_cast<std::size_t>(offsets[kExperts]); ++row) {
             row_gates[row] = gates[static_cast<std::size_t>(slots[row])];
         }
-        accumulate_second_moment({
-            .activations = view(activations, {kSlots, kNeurons}),
-            .gates = contiguous_view(row_gates.data(), {kSlots}),
-            .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
-            .second_moment = take({kExperts, kPacked}),
-        });
+        cuda::accumulate_second_moment(
+            {
+                .activations = view(activations, {kSlots, kNeurons}),
+                .gates = contiguous_view(row_gates.data(), {kSlots}),
+                .offsets = contiguous_view(offsets.data(), {kExperts + 1}),
+                .second_moment = take({kExperts, kPacked}),
+            },
+            nullptr
+        );
         auto bytes = bytes_of(sums);
         const auto more = bytes_of(out);
         bytes.insert(bytes.end(), more.begin(), more.end());

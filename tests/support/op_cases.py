@@ -558,7 +558,11 @@ def _all_embedded(fields: dict[str, Any], device: torch.device) -> dict[str, Any
         return inner.copy_(array)
 
     return {
-        name: embedded(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+        name: value
+        if not isinstance(value, Tensor)
+        else embedded(value)
+        if value.is_floating_point()
+        else value.to(device)
         for name, value in fields.items()
     }
 
