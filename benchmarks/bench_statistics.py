@@ -1,26 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three statistics ops against the same formulas in torch, one layer's routed rows at a time.
-
-With --calibration, one layer's forward with all first-order statistics instead, against the plain forward
-through the same kernels and through transformers' experts.
-"""
+"""The three statistics ops against the same formulas in torch, one layer's routed rows at a time."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 
 import torch
-from bench_expert_gemm import SHAPES as LAYER_SHAPES
-from bench_expert_gemm import Layer
 from harness import compare, save
 from torch import Tensor
 
-from tenp import calibration, ops
-from tenp.adapter import Experts
-from tenp.source import Source
-from tenp.statistics import Domain, Statistics
+from tenp import ops
 
 #: Axes. Shapes of Qwen3-30B-A3B, DeepSeek-V2-Lite, and the tiny model of examples/, fewer experts.
 SHAPES = {
@@ -121,62 +111,16 @@ OPS = {
 }
 
 
-def compare_calibration(rounds: int, rows_per_expert: int, experts: int) -> list[dict[str, object]]:
-    """Compare a layer's calibration with its plain forward."""
-    records = []
-    for shape, dtype_name in itertools.product(LAYER_SHAPES, DTYPES):
-        layer = Layer(**{**LAYER_SHAPES[shape], "experts": experts}, dtype=DTYPES[dtype_name])
-        tokens = rows_per_expert * experts // layer.top_k
-        [(hidden, ids, gates)] = layer.routings(tokens)
-        packed = layer.packed([layer.width] * experts)
-        family = Experts(0, "experts", layer.stock)
-        source = Source("", "", 1, 1, 1, 1)
-        shapes = {0: (experts, layer.width)}
-        statistics = Statistics.zeros(
-            source, [Domain("text", 1, tokens, ("",))], shapes, {}, hidden=layer.hidden
-        )
-        sums = calibration.domain_sums(statistics.layers[0], 0)
-
-        def calibrate(
-            family=family, sums=sums, hidden=hidden, ids=ids, gates=gates, tokens=tokens
-        ) -> None:
-            attended = torch.ones(tokens, dtype=torch.bool)
-            routed = calibration.route(family, hidden, ids, gates, attended)
-            out = torch.zeros(hidden.shape)
-            calibration.add_experts(family, routed, sums, out)
-
-        def stock(name, layer=layer, hidden=hidden, ids=ids, gates=gates) -> Tensor:
-            layer.stock.config._experts_implementation_internal = name
-            return layer.stock(hidden, ids, gates.to(hidden.dtype))
-
-        def plain(packed=packed, hidden=hidden, ids=ids, gates=gates) -> Tensor:
-            return ops.expert_gemm(hidden, ids, gates, **packed)
-
-        axes = {"op": "calibration", "shape": shape, "dtype": dtype_name, "rows": rows_per_expert}
-        providers = {
-            "plain": plain,
-            "calibration": calibrate,
-            "transformers eager": lambda stock=stock: stock("eager"),
-            "transformers grouped_mm": lambda stock=stock: stock("grouped_mm"),
-        }
-        records += compare(axes, providers, "plain", rounds, warmup=1, seconds_at_most=12)
-    return records
-
-
 @torch.no_grad()
 def main() -> None:
     """Run all cases and write them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calibration", action="store_true")
     parser.add_argument("--out", type=Path, help="JSON lines")
     parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
     torch.set_num_threads(ops.num_threads())
     records = []
-    if arguments.calibration:
-        records = compare_calibration(arguments.rounds, rows_per_expert=512, experts=8)
-    cases = {} if arguments.calibration else SHAPES
-    for shape, sizes in cases.items():
+    for shape, sizes in SHAPES.items():
         for dtype_name, dtype in DTYPES.items():
             case = Case(**sizes, dtype=dtype)
             for op, (ours, theirs) in OPS.items():

@@ -3,10 +3,11 @@
 
     python benchmarks/gpu_suite.py --output benchmarks/results/<gpu>
 
-Builds the library for this GPU, runs the op tests on it, compute-sanitizer on tiny layers, checks that
-results do not depend on the grid, on the run or on graph capture, then times. Writes suite.json and
-suite.md; both name what was skipped and why. Needs nvcc, cmake, ninja, pybind11, pytest and torch with
-CUDA; no network. Stays below --seconds (480) by skipping what no longer fits.
+Builds the library for this GPU, runs the op tests on it, `tenp prune` and `tenp evaluate` on both devices,
+compute-sanitizer on tiny layers, checks that results do not depend on the grid, on the run or on graph
+capture, then times. Writes suite.json and suite.md; both name what was skipped and why. Needs nvcc, cmake,
+ninja, pybind11, pytest, transformers and torch with CUDA; no network. Stays below --seconds (480) by
+skipping what no longer fits.
 
 --rehearse runs what needs no GPU, on the CPU and tiny layers, and writes nothing: it shows that the
 script works, not how fast anything is.
@@ -77,12 +78,13 @@ def build(suite: Suite, build_dir: Path) -> dict[str, str]:
 
 
 def run_op_tests(suite: Suite, environment: dict[str, str]) -> None:
-    """Run the op tests on the GPU."""
+    """Run the op tests on the GPU, and `tenp prune` and `tenp evaluate` against the CPU."""
     result = _run(
         suite,
         [
             *(sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"),
             str(_ROOT / "tests" / "ops"),
+            str(_ROOT / "tests" / "emulation" / "end_to_end.py"),
         ],
         environment,
         limit=240,
