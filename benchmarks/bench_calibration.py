@@ -146,6 +146,9 @@ def _packed(experts: Experts) -> dict[str, Tensor]:
     }
 
 
+PROVIDERS = {"layer": (SHAPES, of_layer), "model": (MODELS, of_model)}
+
+
 @torch.no_grad()
 def main() -> None:
     """Run all cases and write them."""
@@ -153,23 +156,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="JSON lines")
+    parser.add_argument("--of", default="layer", choices=PROVIDERS)
+    parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=12, help="for each case, about")
     arguments = parser.parse_args()
     torch.set_num_threads(ops.num_threads())
     records = []
-    for (what, shapes, providers_of), dtype in itertools.product(
-        (("layer", SHAPES, of_layer), ("model", MODELS, of_model)), DTYPES
-    ):
-        for shape in shapes:
-            records += compare(
-                {"op": "calibration", "of": what, "shape": shape, "dtype": dtype},
-                providers_of(shape, DTYPES[dtype]),
-                "plain",
-                arguments.rounds,
-                warmup=1,
-                seconds_at_most=arguments.seconds,
-            )
+    shapes, providers_of = PROVIDERS[arguments.of]
+    for shape, dtype in itertools.product(shapes, arguments.dtypes):
+        records += compare(
+            {"op": "calibration", "of": arguments.of, "shape": shape, "dtype": dtype},
+            providers_of(shape, DTYPES[dtype]),
+            "plain",
+            arguments.rounds,
+            warmup=1,
+            seconds_at_most=arguments.seconds,
+        )
     if arguments.out:
         save(arguments.out, records)
 
