@@ -346,6 +346,6 @@ def add_cross_moments(
 def column_norms(down: Tensor) -> Tensor:
     """|w_k| of every neuron, `[E, I]` float64; expert by expert, because a float64 copy of all is large.
 
-    Not by torch's norm, which goes down the columns: on the CPU that takes five times as long.
+    Not by torch's norm, which goes down the columns: on the CPU that takes three times as long.
     """
     return torch.stack([matrix.double().square().sum(dim=0).sqrt() for matrix in down])
