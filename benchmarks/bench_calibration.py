@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_expert_gemm import DTYPES, SHAPES, Layer
+from bench_expert_gemm import DTYPES, SHAPES, Layer, pack_experts
+from bench_generate import SHAPES as QWEN2_SHAPES
+from bench_generate import random_model
 from harness import compare, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import Qwen2MoeConfig, Qwen3MoeConfig
 
 from tenp import calibration, ops
 from tenp.adapter import Experts, experts_replaced, find_experts
@@ -45,15 +47,7 @@ MODELS = {
         vocab_size=VOCABULARY,
     ),
     "qwen1.5-moe": Qwen2MoeConfig(
-        hidden_size=2048,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        num_experts=16,
-        num_experts_per_tok=4,
-        moe_intermediate_size=1408,
-        shared_expert_intermediate_size=5632,
-        num_hidden_layers=2,
-        vocab_size=VOCABULARY,
+        **{**QWEN2_SHAPES, "num_experts": 16, "vocab_size": VOCABULARY}, num_hidden_layers=2
     ),
 }
 _SOURCE = Source("", "", 1, 1, 1, 1)
@@ -93,15 +87,13 @@ def of_layer(shape: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
 
 def of_model(shape: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Return what is compared for a whole model."""
-    torch.manual_seed(0)
-    with torch.device("meta"):  # the family's own initialisation takes minutes
-        model = AutoModelForCausalLM.from_config(MODELS[shape]).to(dtype)
-    model.to_empty(device="cpu").eval()
-    for parameter in model.parameters():
-        torch.nn.init.uniform_(parameter, -0.03, 0.03)
+    model = random_model(MODELS[shape], dtype).eval()
     model.base_model.rotary_emb = type(model.base_model.rotary_emb)(model.config)
     samples = Samples("text", tuple(torch.randint(VOCABULARY, (SAMPLES, SAMPLE_TOKENS))))
-    packed = {experts.module: _packed(experts) for experts in find_experts(model)}
+    packed = {
+        experts.module: pack_experts(experts.module, [experts.width] * experts.num_experts)
+        for experts in find_experts(model)
+    }
 
     def kernels(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         return ops.expert_gemm(hidden, index, weights, **packed[module])
@@ -131,18 +123,6 @@ def of_model(shape: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
             model, [samples], _SOURCE, batch_tokens=BATCH_TOKENS
         ),
         **{f"transformers {name}": lambda name=name: stock(name) for name in IMPLEMENTATIONS},
-    }
-
-
-def _packed(experts: Experts) -> dict[str, Tensor]:
-    widths = [experts.width] * experts.num_experts
-    gate, up = experts.module.gate_up_proj.chunk(2, dim=1)
-    gate_up, down = ops.pack(list(gate), list(up), list(experts.down), widths)
-    return {
-        "gate_up": gate_up,
-        "down": down,
-        "widths": torch.tensor(widths, dtype=torch.int32),
-        "neuron_offsets": torch.tensor(ops.neuron_offsets(widths), dtype=torch.int32),
     }
 
 

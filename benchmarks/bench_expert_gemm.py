@@ -59,6 +59,22 @@ def profiles(width: int, experts: int) -> dict[str, list[int]]:
     }
 
 
+def pack_experts(module: nn.Module, widths: list[int]) -> dict[str, Tensor]:
+    """Return what `expert_gemm` takes for the first `W_e` neurons of every expert of a module."""
+    gate, up = module.gate_up_proj.chunk(2, dim=1)
+    narrowed = [
+        [matrix[expert, :width] for expert, width in enumerate(widths)] for matrix in (gate, up)
+    ]
+    down = [module.down_proj[expert, :, :width] for expert, width in enumerate(widths)]
+    gate_up, packed_down = ops.pack(*narrowed, down, widths)
+    return {
+        "gate_up": gate_up,
+        "down": packed_down,
+        "widths": torch.tensor(widths, dtype=torch.int32),
+        "neuron_offsets": torch.tensor(ops.neuron_offsets(widths), dtype=torch.int32),
+    }
+
+
 class Layer:
     """One layer's experts in both forms."""
 
@@ -79,19 +95,7 @@ class Layer:
 
     def packed(self, widths: list[int]) -> dict[str, Tensor]:
         """Return what `expert_gemm` takes for the first `W_e` neurons of every expert."""
-        gate, up = self.stock.gate_up_proj.chunk(2, dim=1)
-        narrowed = [
-            [matrix[expert, :width] for expert, width in enumerate(widths)] for matrix in (gate, up)
-        ]
-        down = [self.stock.down_proj[expert, :, :width] for expert, width in enumerate(widths)]
-        offsets = torch.tensor(ops.neuron_offsets(widths), dtype=torch.int32)
-        gate_up, packed_down = ops.pack(*narrowed, down, widths)
-        return {
-            "gate_up": gate_up,
-            "down": packed_down,
-            "widths": torch.tensor(widths, dtype=torch.int32),
-            "neuron_offsets": offsets,
-        }
+        return pack_experts(self.stock, widths)
 
     def quantized(self, packed: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the same with int8 weights."""

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from harness import compare, save
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen2MoeConfig
 
 from tenp import ops, pipeline, pruning
 from tenp.checkpoint import Checkpoint
@@ -39,16 +39,22 @@ SHAPES = dict(
 IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 
+def random_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Return a model without its buffers, which a checkpoint does not hold either."""
+    torch.manual_seed(0)
+    with torch.device("meta"):  # the family's own initialisation takes minutes
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.03, 0.03)
+    return model
+
+
 def random_checkpoints(directory: Path, layers: int, keep: float) -> dict[str, Path]:
     """Write the random dense model and what pruning makes of it."""
     config = Qwen2MoeConfig(**SHAPES, num_hidden_layers=layers, eos_token_id=None)
     paths = {name: directory / name for name in ("dense", "pruned", "pruned int8")}
-    torch.manual_seed(0)
-    with torch.device("meta"):  # the family's own initialisation takes minutes
-        model = Qwen2MoeForCausalLM(config).to(torch.bfloat16)
-    model.to_empty(device="cpu")
-    for parameter in model.parameters():
-        torch.nn.init.uniform_(parameter, -0.03, 0.03)
+    model = random_model(config, torch.bfloat16)
     model.save_pretrained(paths["dense"])
     del model
     dense = Checkpoint(paths["dense"])

@@ -10,6 +10,7 @@
 #include <ATen/ops/copy.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/histc.h>
+#include <ATen/ops/scaled_dot_product_attention.h>
 #include <ATen/ops/unfold_native.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -128,6 +129,8 @@ Tensor copy_from_and_resize(const Tensor& source, const Tensor& target) {
     return target;
 }
 
+/// The CPU's, so that results differ from it by tenp's kernels alone; its gradient needs another
+/// one.
 Tensor attention(
     const Tensor& query,
     const Tensor& key,
@@ -138,9 +141,17 @@ Tensor attention(
     std::optional<double> scale,
     bool gqa
 ) {
-    return std::get<0>(at::_scaled_dot_product_attention_math(
-        query, key, value, mask, dropout, causal, std::nullopt, scale, gqa
-    ));
+    if (at::GradMode::is_enabled() &&
+        (query.requires_grad() || key.requires_grad() || value.requires_grad())) {
+        return std::get<0>(at::_scaled_dot_product_attention_math(
+            query, key, value, mask, dropout, causal, std::nullopt, scale, gqa
+        ));
+    }
+    const auto host_mask = mask ? std::optional(on_host(*mask)) : std::nullopt;
+    return at::scaled_dot_product_attention(
+               on_host(query), on_host(key), on_host(value), host_mask, dropout, causal, scale, gqa
+    )
+        .to(query.device());
 }
 
 /// The CPU's takes no integers.
