@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <tuple>
+#include <utility>
 
 #include "emulation.h"
 
@@ -73,9 +75,11 @@ inline void __syncthreads() {
     emulation::block_barrier();
 }
 inline void __syncwarp() {
-    emulation::collective<int>(0, [](const emulation::Lanes<int>&, emulation::Lanes<int>&) {});
+    emulation::warp_barrier();
 }
-inline void __threadfence() {}
+inline void __threadfence() {
+    emulation::fence();
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
@@ -127,9 +131,7 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
     );
 }
 inline int atomicAdd(int* address, int value) {
-    const int before = *address;
-    *address = before + value;
-    return before;
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 
 // ---- the runtime --------------------------------------------------------------------------------
@@ -185,12 +187,20 @@ cudaError_t cudaLaunchKernelEx(
     const bool fits = emulation::run(
         reinterpret_cast<const void*>(kernel),
         {config->gridDim.x, config->gridDim.y, config->gridDim.z}, config->blockDim.x,
-        config->dynamicSmemBytes, [&] { kernel(arguments...); },
+        config->dynamicSmemBytes, config->numAttrs > 0,
+        [&] {
+            auto* const body = kernel;
+            std::tuple<Parameters...> own(arguments...);
+            emulation::have_arguments();
+            std::apply(body, std::move(own));
+        },
         [](unsigned thread, const std::array<unsigned, 3>& block) {
+            const emulation::Unseen unseen;
             threadIdx = {thread, 0, 0};
             blockIdx = {block[0], block[1], block[2]};
         },
         [&] {
+            const emulation::Unseen unseen;
             gridDim = config->gridDim;
             blockDim = config->blockDim;
         }

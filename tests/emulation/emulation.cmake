@@ -11,3 +11,10 @@ set_source_files_properties(
         # The kernels are device code: nvcc, not the host compiler, says what their warnings are.
         COMPILE_OPTIONS "-x;c++;-O2;-w"
 )
+if(TENP_SANITIZE STREQUAL "thread")
+    # What the emulation itself does is no access of a kernel.
+    set_source_files_properties(
+        tests/emulation/emulation.cpp
+        PROPERTIES COMPILE_OPTIONS "-fno-sanitize=thread" COMPILE_DEFINITIONS TENP_FIND_RACES
+    )
+endif()

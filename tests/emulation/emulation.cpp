@@ -13,6 +13,8 @@
 #include <new>
 #include <vector>
 
+#include "races.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -87,6 +89,7 @@ struct Barrier {
     unsigned arrived = 0;
     std::uint64_t generation = 0;
     const void* instruction = nullptr;
+    char order[2] = {};
 };
 
 struct Copy {
@@ -95,9 +98,15 @@ struct Copy {
     int bytes;
 };
 
+/// What a thread needs of the host.
+struct Seat {
+    char* stack;
+    races::Thread thread;
+};
+
 struct Fiber {
     Context context;
-    char* stack = nullptr;
+    Seat seat{};
     bool is_done = false;
     const Barrier* barrier = nullptr;  // what it waits for, until its generation passes
     std::uint64_t generation = 0;
@@ -117,6 +126,7 @@ struct Warp {
 
 struct Block {
     std::array<unsigned, 3> index;
+    std::size_t place = 0;  // among the blocks that run at once
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     Barrier barrier;
@@ -125,6 +135,7 @@ struct Block {
     const std::function<void()>* body = nullptr;
     std::size_t current = 0;
     Context scheduler;
+    races::Thread host = nullptr;
     void* scheduler_fake_stack = nullptr;
     const void* scheduler_stack = nullptr;
     std::size_t scheduler_stack_bytes = 0;
@@ -134,10 +145,36 @@ Block block;
 std::mutex one_launch_at_a_time;
 std::map<const void*, std::size_t> allowed_shared;
 
+struct Free {
+    void operator()(unsigned char* memory) const {
+        ::operator delete(memory, std::align_val_t{kSharedAlignment});
+    }
+};
+
+/// What the blocks that run at once have of their own, and two launches. The characters stand for
+/// what orders threads, see races.h.
+struct Launch {
+    std::array<std::vector<Seat>, races::kBlocksAtOnce> seats;
+    std::array<std::unique_ptr<unsigned char, Free>, races::kBlocksAtOnce> shared;
+    char begin = 0;      // what the host did before it
+    char arguments = 0;  // that its threads have
+    char end = 0;        // of its threads
+    bool allows_next = false;
+};
+Launch launches[2];
+std::size_t launch_number = 0;
+
+Launch& this_launch() {
+    return launches[launch_number % 2];
+}
+Launch& previous_launch() {
+    return launches[(launch_number + 1) % 2];
+}
+
 /// Stacks are mapped once, with an unmapped page below each.
-char* stack_of(std::size_t thread) {
-    static std::vector<char*> stacks;
-    while (stacks.size() <= thread) {
+Seat seat_of(std::size_t thread) {
+    auto& seats = this_launch().seats[block.place];
+    while (seats.size() <= thread) {
         constexpr std::size_t kGuard = 4096;
         void* memory = mmap(
             nullptr, kStackBytes + kGuard, PROT_READ | PROT_WRITE,
@@ -146,9 +183,9 @@ char* stack_of(std::size_t thread) {
         if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE) != 0) {
             throw std::bad_alloc();
         }
-        stacks.push_back(static_cast<char*>(memory) + kGuard);
+        seats.push_back({static_cast<char*>(memory) + kGuard, races::make_thread()});
     }
-    return stacks[thread];
+    return seats[thread];
 }
 
 Fiber& self() {
@@ -159,9 +196,10 @@ void resume(std::size_t thread) {
     block.current = thread;
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_start_switch_fiber(
-        &block.scheduler_fake_stack, block.fibers[thread].stack, kStackBytes
+        &block.scheduler_fake_stack, block.fibers[thread].seat.stack, kStackBytes
     );
 #endif
+    races::become(block.fibers[thread].seat.thread);
     block.scheduler.switch_to(block.fibers[thread].context);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(block.scheduler_fake_stack, nullptr, nullptr);
@@ -175,6 +213,7 @@ void pause(Fiber& fiber) {
         block.scheduler_stack_bytes
     );
 #endif
+    races::become(block.host);
     fiber.context.switch_to(block.scheduler);
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(fiber.fake_stack, nullptr, nullptr);
@@ -185,7 +224,9 @@ void fiber_main() {
 #ifdef __SANITIZE_ADDRESS__
     __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_bytes);
 #endif
+    races::acquire(this_launch().begin);
     (*block.body)();
+    races::release(this_launch().end);
     self().is_done = true;
     pause(self());
 }
@@ -214,6 +255,16 @@ void end_meeting(Barrier& barrier) {
     ++barrier.generation;
 }
 
+/// All `expected` threads' accesses before it come before those after it.
+void order_by(Barrier& barrier, unsigned expected) {
+    char& order = barrier.order[barrier.generation % 2];
+    races::release(order);
+    if (meet(barrier, expected, &order)) {
+        end_meeting(barrier);
+    }
+    races::acquire(order);
+}
+
 bool runs_in_reverse() {
     const char* value = std::getenv("TENP_EMULATION_REVERSE");
     return value != nullptr && value[0] == '1';
@@ -222,17 +273,26 @@ bool runs_in_reverse() {
 void run_block(bool reverse, void (*enter)(unsigned, const std::array<unsigned, 3>&)) {
     const std::size_t threads = block.fibers.size();
     for (std::size_t thread = 0; thread < threads; ++thread) {
+        const Unseen unseen;
         Fiber& fiber = block.fibers[thread];
         fiber = {};
-        fiber.stack = stack_of(thread);
+        fiber.seat = seat_of(thread);
 #ifdef __SANITIZE_ADDRESS__
-        __asan_unpoison_memory_region(fiber.stack, kStackBytes);
+        __asan_unpoison_memory_region(fiber.seat.stack, kStackBytes);
 #endif
-        fiber.context.start(fiber.stack, fiber_main);
+        fiber.context.start(fiber.seat.stack, fiber_main);
     }
     block.warps.assign((threads + 31) / 32, {});
     block.barrier = {};
+    auto& shared = this_launch().shared[block.place];
+    shared.reset(
+        static_cast<unsigned char*>(
+            ::operator new(block.shared_bytes, std::align_val_t{kSharedAlignment})
+        )
+    );
+    block.shared = shared.get();
     std::memset(block.shared, 0xff, block.shared_bytes);
+    races::release(this_launch().begin);
 
     for (bool any_ran = true; any_ran;) {
         any_ran = false;
@@ -261,6 +321,14 @@ void fail(const char* what) {
     std::abort();
 }
 
+Unseen::Unseen() {
+    races::look_away();
+}
+
+Unseen::~Unseen() {
+    races::look_again();
+}
+
 bool allow_shared(const void* kernel, int bytes) {
     // What every GPU since Ampere lends to one block; sm_86, 89 and 120 have the least.
     constexpr int kMostShared = 99 << 10;
@@ -276,6 +344,7 @@ bool run(
     std::array<unsigned, 3> grid,
     unsigned threads,
     std::size_t shared_bytes,
+    bool overlaps_previous,
     const std::function<void()>& body,
     void (*enter)(unsigned, const std::array<unsigned, 3>&),
     const std::function<void()>& start
@@ -287,17 +356,12 @@ bool run(
         threads == 0 || threads > 1024 || threads % 32 != 0 || shared_bytes > allowed) {
         return false;
     }
-    struct Free {
-        void operator()(unsigned char* memory) const {
-            ::operator delete(memory, std::align_val_t{kSharedAlignment});
-        }
-    };
-    const std::unique_ptr<unsigned char, Free> shared(
-        static_cast<unsigned char*>(
-            ::operator new(shared_bytes, std::align_val_t{kSharedAlignment})
-        )
-    );
-    block.shared = shared.get();
+    block.host = races::this_thread();
+    ++launch_number;
+    if (!overlaps_previous) {
+        races::acquire(previous_launch().end);
+    }
+    this_launch().allows_next = false;
     block.shared_bytes = shared_bytes;
     block.body = &body;
     block.fibers.resize(threads);
@@ -310,9 +374,24 @@ bool run(
             static_cast<unsigned>(number / grid[0] % grid[1]),
             static_cast<unsigned>(number / grid[0] / grid[1]),
         };
+        block.place = turn % races::kBlocksAtOnce;
+        if (block.place == 0) {
+            races::acquire(this_launch().end);
+        }
         run_block(reverse, enter);
     }
+    races::acquire(this_launch().arguments);
+    if (overlaps_previous) {
+        races::acquire(previous_launch().end);
+    }
+    if (!this_launch().allows_next) {
+        races::acquire(this_launch().end);
+    }
     return true;
+}
+
+void have_arguments() {
+    races::release(this_launch().arguments);
 }
 
 int lane() {
@@ -320,9 +399,25 @@ int lane() {
 }
 
 void block_barrier() {
-    if (meet(block.barrier, static_cast<unsigned>(block.fibers.size()), nullptr)) {
-        end_meeting(block.barrier);
-    }
+    order_by(block.barrier, static_cast<unsigned>(block.fibers.size()));
+}
+
+void warp_barrier() {
+    order_by(block.warps[block.current / 32].barrier, 32);
+}
+
+void fence() {
+    static char fences;
+    races::acquire(fences);
+    races::release(fences);
+}
+
+void wait_for_previous_grid() {
+    races::acquire(previous_launch().end);
+}
+
+void allow_next_grid() {
+    this_launch().allows_next = true;
 }
 
 unsigned char* shared_begin() {
@@ -339,11 +434,14 @@ void check_shared(const void* pointer, std::size_t bytes) {
 }
 
 void start_copy(void* destination, const void* source, int bytes) {
+    races::writes(destination, 16);
+    const Unseen unseen;
     std::memset(destination, 0xff, 16);
     self().open_copies.push_back({destination, source, bytes});
 }
 
 void commit_copies() {
+    const Unseen unseen;
     self().groups.push_back(std::move(self().open_copies));
     self().open_copies.clear();
 }
@@ -352,11 +450,15 @@ void finish_copies(int groups_that_may_be_missing) {
     auto& groups = self().groups;
     while (groups.size() > static_cast<std::size_t>(groups_that_may_be_missing)) {
         for (const Copy& copy : groups.front()) {
+            races::writes(copy.destination, 16);
+            races::reads(copy.source, static_cast<std::size_t>(copy.bytes));
+            const Unseen unseen;
             std::memset(copy.destination, 0, 16);
             if (copy.bytes > 0) {
                 std::memcpy(copy.destination, copy.source, static_cast<std::size_t>(copy.bytes));
             }
         }
+        const Unseen unseen;
         groups.pop_front();
     }
 }

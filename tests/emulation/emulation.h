@@ -17,9 +17,20 @@
 // memory".
 //
 // TENP_EMULATION_REVERSE=1 runs blocks and threads in descending order: a kernel that lacks a
-// barrier gives another result then.
+// barrier gives another result then. Under ThreadSanitizer any two accesses to one address that
+// nothing orders are reported, in whatever order they ran; see races.h.
 
 namespace emulation {
+
+/// While one lives, ThreadSanitizer does not see what the thread does: what emulation needs is no
+/// access of a kernel.
+class Unseen {
+ public:
+    Unseen();
+    ~Unseen();
+    Unseen(const Unseen&) = delete;
+    Unseen& operator=(const Unseen&) = delete;
+};
 
 /// One value per lane of a warp.
 template <class T>
@@ -31,12 +42,14 @@ using Lanes = std::array<T, 32>;
 bool allow_shared(const void* kernel, int bytes);
 
 /// Calls `body` once for every thread of the grid. `start` is called before the first thread and
-/// `enter` whenever a thread takes its turn. Returns false when the launch would be refused.
+/// `enter` whenever a thread takes its turn. With `overlaps_previous` nothing orders the grid after
+/// the one before it but wait_for_previous_grid(). Returns false when the launch would be refused.
 bool run(
     const void* kernel,
     std::array<unsigned, 3> grid,
     unsigned threads,
     std::size_t shared_bytes,
+    bool overlaps_previous,
     const std::function<void()>& body,
     void (*enter)(unsigned thread, const std::array<unsigned, 3>& block),
     const std::function<void()>& start
@@ -57,8 +70,15 @@ inline bool is_aligned(const void* pointer, std::size_t bytes) {
 
 // ---- one thread ---------------------------------------------------------------------------------
 
+/// What the host has for this thread was read: it may be gone before the kernel ends.
+void have_arguments();
+
 int lane();
 void block_barrier();
+void warp_barrier();
+void fence();
+void wait_for_previous_grid();
+void allow_next_grid();
 
 unsigned char* shared_begin();
 
@@ -84,8 +104,9 @@ bool arrive(const void* instruction);
 void leave();
 
 /// An instruction of the whole warp: `compute` gets the lanes' inputs and fills their outputs.
+/// ThreadSanitizer sees what `compute` reads, and not what hands inputs and outputs over.
 template <class Out, class In, class Compute>
-Out collective(const In& mine, Compute compute) {
+[[gnu::no_sanitize("thread")]] Out collective(const In& mine, Compute compute) {
     static_assert(std::is_trivially_copyable_v<In> && std::is_trivially_copyable_v<Out>);
     static_assert(sizeof(In) <= kSlotBytes && sizeof(Out) <= kSlotBytes);
     static const char instruction = 0;

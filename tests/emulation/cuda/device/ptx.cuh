@@ -182,7 +182,11 @@ void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, 
     std::memcpy(c, result.c, sizeof c);
 }
 
-inline void wait_for_previous_kernel() {}
-inline void allow_next_kernel() {}
+inline void wait_for_previous_kernel() {
+    emulation::wait_for_previous_grid();
+}
+inline void allow_next_kernel() {
+    emulation::allow_next_grid();
+}
 
 }  // namespace tenp::cuda
