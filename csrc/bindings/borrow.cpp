@@ -87,7 +87,10 @@ Borrowed::Borrowed(const std::string& op, const std::string& argument, const py:
     std::int64_t packed = 1;
     for (std::size_t axis = rank; axis-- > 0;) {
         view_.shape[axis] = tensor.shape[axis];
-        view_.stride[axis] = tensor.strides == nullptr ? packed : tensor.strides[axis];
+        // Where there is one row its stride means nothing, and some versions of torch make it 1;
+        // kernels ask strides whether all rows are aligned.
+        const bool is_given = tensor.strides != nullptr && tensor.shape[axis] != 1;
+        view_.stride[axis] = is_given ? tensor.strides[axis] : packed;
         packed *= tensor.shape[axis];
     }
 }

@@ -434,10 +434,12 @@ void run(const ExpertStatisticsArgs& args, Stream stream) {
     launch_persistent(
         input_energy_kernel<T>, buffers.chunks.capacity * column_blocks, {}, stream, batch
     );
-    launch(
-        energy_totals_kernel<T>, {.blocks = experts * column_blocks}, stream, batch,
-        data<double>(args.input_energy)
-    );
+    if (column_blocks > 0) {
+        launch(
+            energy_totals_kernel<T>, {.blocks = experts * column_blocks}, stream, batch,
+            data<double>(args.input_energy)
+        );
+    }
     if (batch.neurons > 0) {
         TensorView outputs = contiguous_view(batch.outputs, args.hidden.dtype, {rows, hidden_size});
         outputs.stride[0] = batch.outputs_stride;
@@ -456,13 +458,15 @@ void run(const ExpertStatisticsArgs& args, Stream stream) {
             batch.norms, buffers.chunks, buffers.contributions, stream
         );
     }
-    launch_add_outputs(batch, args.hidden.shape[0], stream);
+    if (args.hidden.shape[0] > 0 && hidden_size > 0) {
+        launch_add_outputs(batch, args.hidden.shape[0], stream);
+    }
 }
 
 }  // namespace
 
 void expert_statistics(const ExpertStatisticsArgs& args, Stream stream) {
-    if (args.down.shape[0] == 0 || args.activations.shape[0] == 0 || args.hidden.shape[1] == 0) {
+    if (args.down.shape[0] == 0 || args.activations.shape[0] == 0) {
         return;
     }
     dispatch(args.hidden.dtype, Floats{}, [&]<class T>() { run<T>(args, stream); });

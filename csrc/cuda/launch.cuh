@@ -18,7 +18,8 @@ struct LaunchShape {
     int threads = 256;
     std::size_t shared_bytes = 0;
     /// Start while the previous kernel of the stream still runs; the kernel calls
-    /// wait_for_previous_kernel() before it reads what that one wrote. Ignored before sm_90.
+    /// wait_for_previous_kernel() before it reads what that one wrote. Ignored when the kernel was
+    /// compiled for less than sm_90, which has no such wait, whatever it runs on.
     bool overlap_previous = false;
 };
 
@@ -30,15 +31,26 @@ inline int device_attribute(cudaDeviceAttr attribute) {
     return value;
 }
 
-/// Lets `kernel` have more shared memory than the 48 KiB that every kernel may have.
+/// Lets `kernel` have more shared memory than the 48 KiB that every kernel may have: as much as any
+/// GPU since Ampere lends to a block. The limit is the kernel's and not the launch's: another
+/// thread may be about to launch it with more than this one.
 template <class... Parameters>
 void allow_shared_memory(void (*kernel)(Parameters...), std::size_t bytes) {
     constexpr std::size_t kSharedWithoutAsking = 48 << 10;
+    constexpr int kMostShared = 99 << 10;
     if (bytes > kSharedWithoutAsking) {
-        TENP_CUDA_CHECK(cudaFuncSetAttribute(
-            kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)
-        ));
+        TENP_CUDA_CHECK(
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMostShared)
+        );
     }
+}
+
+/// Whether `kernel` can wait for the one before it.
+template <class... Parameters>
+bool can_overlap(void (*kernel)(Parameters...)) {
+    cudaFuncAttributes attributes{};
+    TENP_CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+    return attributes.ptxVersion >= 90;
 }
 
 /// Starts `kernel` on `stream`; throws DeviceError when it cannot start.
@@ -59,8 +71,7 @@ void launch(
     config.dynamicSmemBytes = shape.shared_bytes;
     config.stream = stream;
     config.attrs = &attribute;
-    config.numAttrs =
-        shape.overlap_previous && device_attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? 1 : 0;
+    config.numAttrs = shape.overlap_previous && can_overlap(kernel) ? 1 : 0;
     TENP_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...));
 }
 

@@ -18,6 +18,9 @@ namespace {
 /// projection, magnitude, energy, peak
 constexpr int kSumKinds = 4;
 
+/// In the place of 1 / |y| where y is 0. Where y is infinite that is 0, and the projection NaN.
+constexpr double kNoDirection = -1;
+
 template <class T>
 struct Contribution {
     const T* activations;  // [S, I]
@@ -90,7 +93,7 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) contribution_k
             const int rows = min(kBlockRows, last_row - tile_row);
             if (thread < rows) {
                 const double norm = args.norms[tile_row + thread];
-                inverse_norms[thread] = norm == 0 ? 0 : 1 / norm;
+                inverse_norms[thread] = norm == 0 ? kNoDirection : 1 / norm;
                 gates[thread] = args.gates[tile_row + thread];
             }
             Sums<1> products;
@@ -113,7 +116,7 @@ __global__ void __launch_bounds__(kBlockThreads, kResidentBlocks) contribution_k
                         );
                         const float gated = gates[row] * m;
                         const double inverse_norm = inverse_norms[row];
-                        if (inverse_norm != 0) {
+                        if (inverse_norm != kNoDirection) {
                             totals[0][i / 2] += m * (products[0][n][i] * inverse_norm);
                         }
                         totals[1][i / 2] += fabsf(m);

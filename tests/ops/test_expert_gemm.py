@@ -227,12 +227,23 @@ def test_a_nan_stays_in_its_token(device: torch.device) -> None:
 
 
 def assert_halves_equal_the_whole(
-    tokens: int, first: int, dtype: torch.dtype, device: torch.device, int8: bool = False
+    tokens: int,
+    first: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    int8: bool = False,
+    experts_per_token: int = 2,
 ) -> None:
     has_tiles = device.type == "cpu" and dtype == torch.bfloat16 and _C.cpu_isa() == "amx"
     if has_tiles and not int8:
         pytest.skip("tiles add in another order than the vectors that few rows are for")
-    case = ExpertGemmCase(tokens=tokens, pattern="skewed", dtype=dtype, int8=int8)
+    case = ExpertGemmCase(
+        tokens=tokens,
+        pattern="skewed",
+        dtype=dtype,
+        int8=int8,
+        experts_per_token=experts_per_token,
+    )
     whole = make_expert_gemm(case)
     expected = out_of(whole, device)
     for rows in (slice(0, first), slice(first, None)):
@@ -258,6 +269,24 @@ def test_a_token_does_not_depend_on_its_neighbours_of_the_same_path(
 ) -> None:
     # CUDA has a path of its own for up to 64 tokens.
     assert_halves_equal_the_whole(tokens, first, dtype, device)
+
+
+def test_the_path_does_not_depend_on_the_slots_of_a_call(device: torch.device) -> None:
+    assert_halves_equal_the_whole(47, 1, torch.bfloat16, device, experts_per_token=22)
+
+
+def test_one_row_may_have_any_stride(device: torch.device) -> None:
+    case = ExpertGemmCase(
+        tokens=1,
+        hidden_size=1024,
+        widths=(200, 300, 130),
+        pattern="uniform",
+        dtype=torch.bfloat16,
+    )
+    inputs = make_expert_gemm(case).to(device)
+    expected = out_of(inputs, device)
+    inputs.hidden = inputs.hidden.as_strided((1, 1024), (1, 1))
+    assert torch.equal(out_of(inputs, device), expected)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -458,11 +487,11 @@ def test_many_tokens_of_many_experts(dtype: torch.dtype, device: torch.device) -
     assert_matches_the_reference(case, inputs, out_of(inputs, device))
 
 
-@pytest.mark.parametrize(("experts", "per_token"), [(512, 16), (513, 16), (512, 17)])
+@pytest.mark.parametrize(("experts", "per_token"), [(512, 32), (513, 32), (512, 33)])
 def test_the_largest_routing_of_few_tokens_and_the_next(
     experts: int, per_token: int, device: torch.device
 ) -> None:
-    # CUDA sorts up to 1024 slots of 512 experts inside the kernels that stream the weights.
+    # CUDA sorts up to 32 slots a token of 512 experts inside the kernels that stream the weights.
     case = ExpertGemmCase(
         tokens=64,
         hidden_size=8,

@@ -151,6 +151,23 @@ def test_both_halves_of_the_pass_find_the_lowest_half_of_the_equations(
     assert_same_lowest_half(sums_of(inputs, device)["projection"], expected["projection"])
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"tokens": 0}, {"hidden_size": 0}, {"width": 0}], ids=lambda sizes: next(iter(sizes))
+)
+def test_what_is_empty_adds_what_there_is(sizes: dict[str, int], device: torch.device) -> None:
+    inputs = make_batch(StatisticsCase(**sizes))
+    assert_matches_the_reference(inputs, sums_of(inputs, device))
+
+
+def test_rows_without_a_token_add_nothing(device: torch.device) -> None:
+    inputs = make_batch(StatisticsCase(tokens=3))
+    inputs.offsets = torch.zeros_like(inputs.offsets)
+    inputs.rows, inputs.gates = inputs.rows[:0], inputs.gates[:0]
+    inputs.hidden = inputs.hidden[:0]
+    for name, value in sums_of(inputs, device).items():
+        assert (value == 0).all(), name
+
+
 def test_what_does_not_fit_is_refused_by_name(device: torch.device) -> None:
     inputs = make_batch(StatisticsCase()).to(device)
     arguments = {**inputs.statistics_arguments(), **inputs.zeros()}

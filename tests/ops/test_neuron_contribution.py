@@ -221,6 +221,16 @@ def test_arrays_may_start_at_any_element(dtype: torch.dtype, device: torch.devic
         assert torch.equal(value.cpu(), expected[name]), name
 
 
+def test_a_row_of_infinite_length_is_not_left_out(device: torch.device) -> None:
+    inputs = make_statistics(StatisticsCase(pattern="uniform"))
+    inputs.outputs[int(inputs.offsets[2]), 0] = torch.inf
+    moved = inputs.to(device)
+    sums = moved.zero_neuron_contribution()
+    accumulate_neuron_contribution(**moved.neuron_contribution_arguments(), **sums)
+    assert sums["projection"][2].isnan().all()
+    assert sums["projection"][3].isfinite().all()
+
+
 def test_a_nan_stays_in_its_expert(device: torch.device) -> None:
     inputs = make_statistics(StatisticsCase(pattern="uniform"))
     expected = contribution_of(inputs, device)

@@ -96,7 +96,7 @@ void run_activations(
     const Layer<T>& layer, std::int64_t rows, bool is_gated, void* workspace, Stream stream
 );
 
-/// Whether there are few enough tokens, slots and experts.
+/// Whether there are few enough tokens, slots a token and experts.
 template <class T>
 bool may_stream(const Layer<T>& layer);
 template <class T>

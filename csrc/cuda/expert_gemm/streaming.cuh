@@ -54,8 +54,8 @@ void launch_streams(const Layer<T>& layer, const StreamBuffers& buffers, Stream 
 
 template <class T>
 bool may_stream(const Layer<T>& layer) {
-    const std::int64_t slots = std::int64_t{layer.tokens} * layer.per_token;
-    return layer.tokens <= kMostTokens && slots <= kMostSlots && layer.experts <= kMostExperts;
+    return layer.tokens <= kMostTokens && layer.per_token <= kMostPerToken &&
+           layer.experts <= kMostExperts;
 }
 
 template <class T>

@@ -11,7 +11,7 @@ namespace tenp::cuda {
 namespace {
 
 constexpr int kMostTokens = 64;
-constexpr int kMostSlots = 1024;
+constexpr int kMostPerToken = 32;
 constexpr int kMostExperts = 512;
 
 constexpr int kThreads = 256;

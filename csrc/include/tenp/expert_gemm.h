@@ -66,8 +66,9 @@ struct ExpertGemmArgs {
 /// on `stream`, never synchronises, never allocates. Sums are accumulated in float32; m is rounded
 /// to Float once, y stays float32, out is rounded once. The result is the same on every run and for
 /// any number of threads, and a token's result does not depend on the tokens that it shares the
-/// call with (on CUDA: as long as both calls have more than 64 tokens, or both have not). Cost: 6 H
-/// W_e floating-point operations a row (4 when not gated).
+/// call with (on CUDA: as long as both calls have more than 64 tokens, or both have not, and their
+/// rows start at multiples of 16 bytes, or do not). Cost: 6 H W_e floating-point operations a row
+/// (4 when not gated).
 ///
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
 /// `widths` and `neuron_offsets` contradict each other or R. Throws Unsupported for int8 on CUDA.
