@@ -10,7 +10,9 @@ enough, and no weight needs a gradient. L is the summed loss of the next tokens 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -78,7 +80,8 @@ def collect(
                     loss = F.cross_entropy(
                         logits[:, :-1][predicted].float(), targets, reduction="sum"
                     )
-                    loss.backward()
+                    with _deterministic():
+                        loss.backward()
                     if progress is not None:
                         progress(domain.domain, int(mask.sum()))
     finally:
@@ -87,6 +90,20 @@ def collect(
     if not residual.was_seen:
         for layer in statistics.layers.values():
             del layer["residual_change"]
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Make gradients the same in every run: on a GPU those of attention are not by default."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    # What torch then asks of everyone who multiplies matrices by cuBLAS.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
 
 
 class _ResidualStream:
