@@ -4,8 +4,8 @@
 With curves error(width) that are convex (their steps are made so, by a running maximum) taking the
 cheapest step again and again is optimal: it is the Lagrangian of min sum error(width) under sum
 width <= B. A second budget on activated neurons, sum n_e width <= B_A, raises the price of an expert
-by 1 + mu n_e / mean n; where no mu is enough it is the only budget that binds, and fewer neurons are
-kept than B. Steps compete within a layer or over the whole model.
+by 1 + mu n_e / mean n; where no mu is enough, steps are taken by what they cost per activated neuron
+until both budgets are met. Steps compete within a layer or over the whole model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-
-from tenp.errors import PlanError
 
 Pool = Literal["layer", "model"]
 
@@ -44,7 +42,7 @@ class Curves:
 def allocate(
     layers: Sequence[Curves],
     multiple: int,
-    keep: float | None,
+    keep: float,
     activated: float | None = None,
     pool: Pool = "layer",
     floor: float = 0.0,
@@ -54,7 +52,7 @@ def allocate(
     Args:
         layers: Shallow to deep.
         multiple: Widths are multiples of this, or the full width.
-        keep: Share of all neurons to keep at most; None for no such budget.
+        keep: Share of all neurons to keep at most.
         activated: Share of the activated neurons to keep at most; None for no such budget.
         pool: Experts compete within their `layer`, so that each layer keeps the same share, or over
             the whole `model`.
@@ -62,19 +60,14 @@ def allocate(
 
     Returns:
         The widths of every layer's experts.
-
-    Raises:
-        PlanError: There is no budget.
     """
-    if keep is None and activated is None:
-        raise PlanError("a plan must have a static or an activated budget, got neither")
 
     def widths(price: float) -> list[list[int]]:
         groups = [[layer] for layer in layers] if pool == "layer" else [list(layers)]
         return [w for g in groups for w in _spend(g, multiple, keep, activated, price, floor)]
 
-    if keep is None or activated is None:
-        return widths(math.inf)
+    if activated is None:
+        return widths(0.0)
     low, high = 0.0, _HIGHEST_PRICE
     for price in (low, high, math.inf):
         if activated_share(layers, found := widths(price)) <= activated:
@@ -105,24 +98,20 @@ def activated_share(layers: Sequence[Curves], widths: Sequence[Sequence[int]]) -
 def _spend(
     layers: Sequence[Curves],
     multiple: int,
-    keep: float | None,
+    keep: float,
     activated: float | None,
     price: float,
     floor: float,
 ) -> list[list[int]]:
     """Take blocks of neurons out of a pool, the cheapest per neuron first, until it fits."""
-    # Where the activated budget alone binds.
-    pays_by_token = activated is not None and math.isinf(price)
     costs, sizes, owners = [], [], []
     for index, layer in enumerate(layers):
         per_neuron, size = _blocks(layer.costs, multiple)  # [E, blocks], [blocks]
         mean = layer.tokens.mean().clamp(min=1e-300)
         dear = layer.tokens / mean
         worth = layer.sensitivity * per_neuron
-        if pays_by_token:
-            worth = worth / dear.clamp(min=1e-9)[:, None]
-        elif keep is not None and activated is not None:
-            worth = worth / (1 + price * dear)[:, None]
+        # At an infinite price only activated neurons count.
+        worth /= (dear.clamp(min=1e-9) if math.isinf(price) else 1 + price * dear)[:, None]
         if floor and len(layers) > 1:
             worth = _with_floor(worth, size, floor)
         costs.append(worth.flatten())
@@ -133,18 +122,16 @@ def _spend(
     cost, size, owner = torch.cat(costs), torch.cat(sizes), torch.cat(owners)
     order = cost.argsort(stable=True)
     total = int(size.sum())
-    if not pays_by_token:
-        assert keep is not None
-        # The smallest prefix of cheap blocks whose removal meets the budget.
-        needed = total - int(keep * total + 1e-9)
-        gone = order[: int((size[order].cumsum(0) - size[order] < needed).sum())]
-    else:
-        assert activated is not None
+    # The smallest prefix of cheap blocks whose removal meets the budget.
+    needed = total - int(keep * total + 1e-9)
+    count = int((size[order].cumsum(0) - size[order] < needed).sum())
+    if activated is not None and math.isinf(price):
         tokens = torch.cat([layer.tokens for layer in layers])
         first = torch.tensor([0] + [len(layer.tokens) for layer in layers]).cumsum(0)
         paid = tokens[first[owner[order, 0]] + owner[order, 1]] * size[order]
         needed_tokens = (1 - activated) * float(paid.sum())
-        gone = order[: int((paid.cumsum(0) - paid < needed_tokens).sum())]
+        count = max(count, int((paid.cumsum(0) - paid < needed_tokens).sum()))
+    gone = order[:count]
     removed = [torch.zeros(len(layer.costs), dtype=torch.int64) for layer in layers]
     for (layer_index, expert), neurons in zip(
         owner[gone].tolist(), size[gone].tolist(), strict=True
