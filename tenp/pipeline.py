@@ -40,7 +40,7 @@ from tenp.planning import Budget, UnderCovered
 from tenp.reconstruction import Prediction
 from tenp.running import Reporter, Run
 from tenp.sequential import Narrowing
-from tenp.statistics import Statistics
+from tenp.statistics import Statistics, domain_weights_of
 from tenp.text import read_domains
 from tenp.workdir import WorkDirectory
 
@@ -326,7 +326,7 @@ def prune(
         if out is not None and not output.was_begun(work, Path(out)):
             require_absent(Path(out))
         domains = read_domains(sources)
-        scoring.weights_of([d.name for d in domains], plan_options.get("domain_weights") or {})
+        domain_weights_of([d.name for d in domains], plan_options.get("domain_weights") or {})
         measured_on = read_domains(evaluate_on) if evaluate_on else []
         checkpoint = Checkpoint.resolve(model)
         source = pruning.source_of(checkpoint)

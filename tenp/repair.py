@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tenp.errors import InvalidArgument
 from tenp.moments import FOLDS, unpack, unpacked_size
-from tenp.statistics import LayerStatistics, Statistics
+from tenp.statistics import LayerStatistics, Statistics, domain_weights_of
 
 #: Ridges to choose from, as shares of the mean diagonal of C_SS; the last one is no repair at all.
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e12)
@@ -116,14 +116,13 @@ def moment_weights(
     Args:
         statistics: One calibration.
         domain_weights: a_d by domain name, 1 if not given.
+
+    Raises:
+        InvalidArgument: A weight is not one.
     """
-    given = domain_weights or {}
-    names = {domain.name for domain in statistics.domains}
-    if unknown := given.keys() - names:
-        raise InvalidArgument(
-            f"repair: domain weights must be for {sorted(names)}, got {sorted(unknown)}"
-        )
-    return {d.name: given.get(d.name, 1.0) / max(d.tokens, 1) for d in statistics.domains}
+    domains = statistics.domains
+    weights = domain_weights_of([domain.name for domain in domains], domain_weights or {})
+    return {d.name: a / max(d.tokens, 1) for d, a in zip(domains, weights, strict=True)}
 
 
 def layer_moments(statistics: Statistics, layer: int, weights: Mapping[str, float]) -> LayerMoments:

@@ -7,8 +7,7 @@ domains are normalised and combined here, once for all of them. Equations: docs/
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from tenp.adapter import Experts
 from tenp.errors import InvalidArgument
 from tenp.scores import Scores
-from tenp.statistics import LayerStatistics, Statistics
+from tenp.statistics import LayerStatistics, Statistics, domain_weights_of
 
 Criterion = Callable[[LayerStatistics], Tensor]
 WeightsCriterion = Callable[[LayerStatistics, Experts], Tensor]
@@ -191,7 +190,8 @@ def score(
         NEURON_WEIGHTS_CRITERIA,
         weights,
     )
-    alphas = weights_of([domain.name for domain in statistics.domains], domain_weights or {})
+    names = [domain.name for domain in statistics.domains]
+    alphas = torch.tensor(domain_weights_of(names, domain_weights or {}), dtype=torch.float64)
     order = 1 if expert_criterion in _SUMS_TO_ONE else 2
     experts, neurons = {}, {}
     generator = torch.Generator().manual_seed(seed)
@@ -268,21 +268,3 @@ def _look_up(
         raise InvalidArgument(f"score: {name} needs the model's weights; name the model")
     of_weights, read = weighted[name], weights
     return lambda index, layer: of_weights(layer, read(index))
-
-
-def weights_of(domains: Sequence[str], weights: Mapping[str, float]) -> Tensor:
-    """Return the weight of every domain, `[D]` float64: as given, or 1.
-
-    Raises:
-        InvalidArgument: A weight is for a domain that is not there, is negative, or all are 0.
-    """
-    if unknown := weights.keys() - set(domains):
-        raise InvalidArgument(
-            f"score: domain weights must be for {list(domains)}, got {sorted(unknown)}"
-        )
-    values = [weights.get(name, 1.0) for name in domains]
-    if not all(0 <= value < math.inf for value in values) or not any(values):
-        raise InvalidArgument(
-            f"score: domain weights must be 0 or more and not all 0, got {dict(weights)}"
-        )
-    return torch.tensor(values, dtype=torch.float64)

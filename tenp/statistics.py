@@ -11,9 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isqrt
+from math import inf, isqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -264,6 +264,25 @@ def _square(pairs: tuple[int, ...]) -> tuple[int, ...]:
     """`[n, n]` for the packed `[n (n + 1) / 2]`."""
     size = (isqrt(8 * pairs[0] + 1) - 1) // 2 if pairs else 0
     return size, size
+
+
+def domain_weights_of(domains: Sequence[str], given: Mapping[str, float]) -> list[float]:
+    """Return the weight of every domain: as given, or 1.
+
+    Args:
+        domains: Their names.
+        given: Some weights by name.
+
+    Raises:
+        InvalidArgument: A weight is for a domain that is not there, is no number of 0 or more, or all
+            are 0.
+    """
+    if unknown := given.keys() - set(domains):
+        raise InvalidArgument(f"domain weights must be for {list(domains)}, got {sorted(unknown)}")
+    weights = [given.get(name, 1.0) for name in domains]
+    if not all(0 <= weight < inf for weight in weights) or not any(weights):
+        raise InvalidArgument(f"domain weights must be 0 or more and not all 0, got {dict(given)}")
+    return weights
 
 
 def select(statistics: Statistics, names: Iterable[str]) -> Statistics:

@@ -355,6 +355,18 @@ def test_experts_with_tokens_enough_are_not_called_singular(with_moments: Statis
     assert not repair.singular_experts(doubled)
 
 
+@pytest.mark.parametrize("method", ["tenp", "best"])
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_a_domain_weight_that_is_none_is_refused(
+    with_moments: Statistics, method: str, weight: float
+) -> None:
+    for weights in ({"prose": weight}, {"prose": 0.0, "code": 0.0}):
+        with pytest.raises(InvalidArgument, match="must be 0 or more and not all 0, got"):
+            pipeline.plan(with_moments, Budget(0.5, method), domain_weights=weights)
+    with pytest.raises(InvalidArgument, match=r"for \['prose', 'code'\], got \['cod'\]"):
+        pipeline.plan(with_moments, Budget(0.5, method), domain_weights={"cod": 1.0})
+
+
 def test_the_worst_domain_gets_better(with_moments: Statistics) -> None:
     plain = pipeline.plan(with_moments, Budget(0.4, "best"))
     fair = pipeline.plan(with_moments, Budget(0.4, "best"), worst_domain=True)
