@@ -30,7 +30,7 @@ from tenp import (
 from tenp import report as reporting
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
-from tenp.errors import CheckpointError
+from tenp.errors import CheckpointError, PlanError
 from tenp.evaluation import DomainEvaluation
 from tenp.execution import Execution
 from tenp.files import require_absent, require_space, write_atomically
@@ -102,6 +102,8 @@ def plan(
         checkpoint: The model, for criteria that need weights.
         dern_options: For the method `dern`.
     """
+    if worst_domain and budget.method != "best":
+        raise PlanError(f"worst_domain needs method best, got method {budget.method}")
     if budget.method == "best":
         return reconstruction.plan(statistics, budget, domain_weights, under_covered, worst_domain)
     if expert_criterion is None:

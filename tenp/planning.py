@@ -9,7 +9,7 @@ Equations: docs/method.md, section "Budget and trapezoid".
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from math import floor
 from typing import Any, Literal, get_args
@@ -25,6 +25,15 @@ from tenp.statistics import Statistics
 
 Method = Literal["tenp", "enp", "best", "drop", "dern"]
 UnderCovered = Literal["warn", "keep", "fail"]
+
+#: What a method uses of a budget beside the kept share; the rest must be left alone.
+_USED: Mapping[Method, tuple[str, ...]] = {
+    "tenp": ("alpha", "shallow", "deep", "width_multiple"),
+    "enp": ("width_multiple",),
+    "best": ("width_multiple", "activated", "pool", "floor"),
+    "drop": (),
+    "dern": (),
+}
 
 #: Below this many calibration tokens the scores of an expert's neurons are mostly noise.
 MINIMUM_COVERAGE = 32
@@ -42,12 +51,13 @@ class Budget:
             of the lowest scores from the model and its routers; `dern` hands their neurons on to the
             others first (`tenp.dern`). `best` removes the neurons whose loss costs least after
             repair (`tenp.reconstruction`).
-        alpha: Share of the experts kept whole; None is keep / 2. `enp` has 0.
-        shallow: Weight of the first MoE layer in the trapezoid.
+        alpha: For `tenp`: share of the experts kept whole; None is keep / 2.
+        shallow: For `tenp`: weight of the first MoE layer in the trapezoid.
         deep: Weight of the last one. Equal weights give a rectangle.
-        width_multiple: Widths are multiples of this; None picks it from the full width.
-        activated: Kept share of the routed parameters that calibration tokens activate, at most;
-            for `best` only.
+        width_multiple: For `tenp`, `enp` and `best`: widths are multiples of this; None picks it from
+            the full width.
+        activated: For `best`: kept share of the routed parameters that calibration tokens activate,
+            at most.
         pool: For `best`: experts compete within their `layer`, or over the whole `model`.
         floor: Share that every layer keeps at least when pooled over the model; None is keep / 2.
     """
@@ -114,11 +124,7 @@ def plan(
     return Plan(
         source=statistics.source,
         statistics=statistics.digest(),
-        settings={
-            **settings_of(budget),
-            "alpha": float(alpha),
-            "under_covered": under_covered,
-        },
+        settings={**settings_of(budget), "under_covered": under_covered},
         keep=masks,
         activated_share=activated_share(masks, counts),
     )
@@ -155,17 +161,15 @@ def _drop_experts(
 
 def settings_of(budget: Budget) -> dict[str, Any]:
     """Return the fields of a budget that its method uses, for the record."""
-    fields = asdict(budget)
-    if budget.method != "tenp":
-        fields = {name: value for name, value in fields.items() if name not in _TRAPEZOID}
+    used = {name: getattr(budget, name) for name in ("keep", "method", *_USED[budget.method])}
+    if budget.method == "tenp":
+        used["alpha"] = float(check_budget(budget)[1])
     if budget.activated is None:
-        del fields["activated"]
+        used.pop("activated", None)
     if budget.pool == "layer":
-        del fields["pool"], fields["floor"]
-    return fields
-
-
-_TRAPEZOID = ("shallow", "deep")
+        used.pop("pool", None)
+        used.pop("floor", None)
+    return used
 
 
 def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
@@ -179,17 +183,16 @@ def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
         raise PlanError(f"keep must be above 0 and at most 1, got {budget.keep}")
     if budget.method not in get_args(Method):
         raise PlanError(f"method must be one of {', '.join(get_args(Method))}, got {budget.method}")
-    if budget.activated is not None:
-        if budget.method != "best":
+    if budget.pool not in get_args(Pool):
+        raise PlanError(f"pool must be one of {', '.join(get_args(Pool))}, got {budget.pool}")
+    for field in fields(budget):
+        value, users = getattr(budget, field.name), _users(field.name)
+        if users and budget.method not in users and value != field.default:
             raise PlanError(
-                f"a budget of activated parameters needs method best, got {budget.method}"
+                f"{field.name} needs method {' or '.join(users)}, got {value} with method {budget.method}"
             )
-        if not 0 < budget.activated <= 1:
-            raise PlanError(f"activated must be above 0 and at most 1, got {budget.activated}")
-    if budget.pool != "layer" and budget.method != "best":
-        raise PlanError(
-            f"widths pooled over the {budget.pool} need method best, got {budget.method}"
-        )
+    if budget.activated is not None and not 0 < budget.activated <= 1:
+        raise PlanError(f"activated must be above 0 and at most 1, got {budget.activated}")
     if budget.floor is not None:
         if budget.pool != "model":
             raise PlanError(
@@ -205,10 +208,6 @@ def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
             f"shallow and deep must be 0 or more and not both 0, got {budget.shallow} and {budget.deep}"
         )
     if budget.method != "tenp":
-        if budget.alpha:
-            raise PlanError(
-                f"alpha must be 0 with method {budget.method}, got {budget.alpha}; use method tenp"
-            )
         return keep, Fraction(0)
     alpha = keep / 2 if budget.alpha is None else _fraction("alpha", budget.alpha)
     if not 0 <= alpha <= 1:
@@ -219,6 +218,11 @@ def check_budget(budget: Budget) -> tuple[Fraction, Fraction]:
             f"would exceed the budget; {budget.keep} or less would fit"
         )
     return keep, alpha
+
+
+def _users(field: str) -> list[Method]:
+    """The methods that use a field of a budget; none for those that all use."""
+    return [method for method, used in _USED.items() if field in used]
 
 
 def trapezoid(

@@ -147,7 +147,11 @@ def test_a_pruned_model(prune, tiny: Tiny) -> None:
         (0.5, ("--alpha", 1.5), "alpha must be between 0 and 1, got 1.5"),
         (0.5, ("--alpha", -0.5), "alpha must be between 0 and 1, got -0.5"),
         (0.5, ("--alpha", 0.7), "alpha must be at most keep, .* 0.5 or less would fit"),
-        (0.5, ("--method", "enp", "--alpha", 0.2), "alpha must be 0 with method enp, got 0.2"),
+        (
+            0.5,
+            ("--method", "enp", "--alpha", 0.2),
+            "alpha needs method tenp, got 0.2 with method enp",
+        ),
         (0.5, ("--width-multiple", 0), "width_multiple must be 1 or more, got 0"),
         (0.5, ("--domain-weight", "cod=2"), r"must be for \['text'\], got \['cod'\]"),
         (0.5, ("--domain-weight", "text"), "--domain-weight must be NAME=NUMBER, got text"),

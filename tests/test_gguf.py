@@ -55,7 +55,7 @@ def test_stock_outputs_fit(tiny: Tiny, tmp_path: Path, kind: str) -> None:
         pruning.export_padded(Checkpoint(tiny.pruned), out)
     else:
         method = "enp" if kind == "one width" else "drop"
-        budget = Budget(0.5, method=method, width_multiple=4)
+        budget = Budget(0.5, method=method, width_multiple=4 if method == "enp" else None)
         plan = planning.plan(tiny.scores, tiny.statistics, budget)
         write = pruning.apply if method == "enp" else dropping.apply
         write(tiny.checkpoint, plan, out)

@@ -255,7 +255,21 @@ def test_the_static_share_is_within_one_step_and_never_above(keep: float, multip
 def test_enp_gives_all_experts_one_width() -> None:
     plan = _plan(_layers([6, 6], [24, 24]), Budget(0.6, method="enp", width_multiple=4))
     assert plan.uniform_width() == 12  # 0.6 * 24 = 14.4, rounded down to 12
-    assert plan.settings["alpha"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "used"),
+    [
+        ("tenp", {"alpha": 0.25, "shallow": 1.0, "deep": 2.0, "width_multiple": None}),
+        ("enp", {"width_multiple": None}),
+        ("drop", {}),
+        ("dern", {}),
+    ],
+)
+def test_a_plan_records_what_its_method_uses(method: str, used: dict[str, object]) -> None:
+    settings = dict(_plan(_layers([6], [24]), Budget(0.5, method=method)).settings)
+    assert settings.pop("under_covered", "warn") == "warn"
+    assert settings == {"keep": 0.5, "method": method, **used}
 
 
 def test_keeping_everything_keeps_everything() -> None:
@@ -355,7 +369,18 @@ def test_under_covered_experts_can_be_an_error() -> None:
         (Budget(0.5, alpha=-0.1), "alpha must be between 0 and 1, got -0.1"),
         (Budget(0.5, alpha=1.1), "alpha must be between 0 and 1, got 1.1"),
         (Budget(0.5, alpha=0.6), "alpha must be at most keep, .*; 0.5 or less would fit"),
-        (Budget(0.5, method="enp", alpha=0.1), "alpha must be 0 with method enp, got 0.1"),
+        (Budget(0.5, method="enp", alpha=0.1), "alpha needs method tenp, got 0.1 with method enp"),
+        (
+            Budget(0.5, method="best", shallow=2.0),
+            "shallow needs method tenp, got 2.0 with .* best",
+        ),
+        (Budget(0.5, method="enp", deep=1.0), "deep needs method tenp, got 1.0 with method enp"),
+        (
+            Budget(0.5, method="drop", width_multiple=4),
+            "width_multiple needs method tenp or enp or best, got 4 with method drop",
+        ),
+        (Budget(0.5, activated=0.5), "activated needs method best, got 0.5 with method tenp"),
+        (Budget(0.5, pool="modle"), "pool must be one of layer, model, got modle"),
         (Budget(0.5, method="easy"), "method must be one of tenp, enp, best, drop, dern, got easy"),
         (Budget(0.5, shallow=-1.0), "shallow and deep must be 0 or more and not both 0, got -1.0"),
         (Budget(0.5, shallow=0.0, deep=0.0), "not both 0, got 0.0 and 0.0"),

@@ -319,7 +319,7 @@ def test_layers_that_the_loss_feels_more_keep_more_of_a_common_pool(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "tenp", "pool": "model"}, "need method best, got tenp"),
+        ({"method": "tenp", "pool": "model"}, "pool needs method best, got model with method tenp"),
         ({"method": "best", "floor": 0.1}, "needs widths pooled over the model"),
         ({"method": "best", "pool": "model", "floor": 0.6}, "between 0 and keep, 0.5, got 0.6"),
     ],
@@ -372,6 +372,17 @@ def test_the_worst_domain_gets_better(with_moments: Statistics) -> None:
     fair = pipeline.plan(with_moments, Budget(0.4, "best"), worst_domain=True)
     worst = [max(reconstruction.domain_errors(with_moments, p).values()) for p in (plain, fair)]
     assert worst[1] <= worst[0]
+
+
+def test_the_method_best_records_what_it_uses(with_moments: Statistics) -> None:
+    settings = pipeline.plan(with_moments, Budget(0.5, "best", width_multiple=2)).settings
+    used = {"keep": 0.5, "method": "best", "width_multiple": 2, "under_covered": "warn"}
+    assert settings == used
+
+
+def test_only_the_method_best_knows_a_worst_domain(with_moments: Statistics) -> None:
+    with pytest.raises(PlanError, match="worst_domain needs method best, got method tenp"):
+        pipeline.plan(with_moments, Budget(0.5), worst_domain=True)
 
 
 def test_the_frontier_falls_as_more_is_kept(with_moments: Statistics) -> None:
