@@ -143,6 +143,7 @@ def frontier(
     under_covered: UnderCovered = "warn",
 ) -> list[Prediction]:
     """Predict what the method best gives for many budgets, without touching the model."""
+    planning.check_under_covered(under_covered, "best")
     repair.require_moments(statistics)
     weights = repair.moment_weights(statistics, domain_weights)
     removals = reconstruction.eliminate(statistics, weights, under_covered)

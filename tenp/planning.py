@@ -86,26 +86,25 @@ def plan(
         statistics: Give the tokens per expert, for the activated share and for coverage.
         budget: What is kept.
         under_covered: What becomes of experts that saw fewer than `MINIMUM_COVERAGE` tokens:
-            `warn` treats them like the others, `keep` keeps them whole, `fail` refuses.
+            `warn` treats them like the others, `keep` keeps them whole, which the methods that drop
+            experts cannot, `fail` refuses.
 
     Returns:
         A plan whose kept share is never above `budget.keep` and less than one width multiple per
         narrow expert below it.
 
     Raises:
-        PlanError: The budget cannot be met; the message says what would fit.
+        PlanError: The budget cannot be met, and the message says what would fit; or an expert saw
+            too few tokens.
     """
     keep, alpha = check_budget(budget)
+    check_under_covered(under_covered, budget.method)
+    kept_whole = kept_for_coverage(statistics, under_covered)
     if budget.method in ("drop", "dern"):
-        return _drop_experts(scores.experts, statistics, budget, keep)
+        return _drop_experts(scores.experts, statistics, budget, keep, under_covered)
     counts = {layer: tensors["counts"].sum(dim=0) for layer, tensors in statistics.layers.items()}
     whole = _whole_experts(scores.experts, budget, alpha)
-    for layer, expert in under_covered_experts(statistics) if under_covered != "warn" else []:
-        if under_covered == "fail":
-            raise PlanError(
-                f"every expert must see {MINIMUM_COVERAGE} calibration tokens, got {int(counts[layer][expert])} "
-                f"for layer {layer} expert {expert}; calibrate on more text"
-            )
+    for layer, expert in kept_whole:
         whole[layer][expert] = True
     full_widths = {layer: neurons.shape[1] for layer, neurons in scores.neurons.items()}
     multiples = {
@@ -135,6 +134,7 @@ def _drop_experts(
     statistics: Statistics,
     budget: Budget,
     keep: Fraction,
+    under_covered: UnderCovered,
 ) -> Plan:
     """Keep the floor(keep E) experts of the highest scores of every layer, and nothing of the others."""
     experts, masks = {}, {}
@@ -151,7 +151,7 @@ def _drop_experts(
     return Plan(
         source=statistics.source,
         statistics=statistics.digest(),
-        settings=settings_of(budget),
+        settings={**settings_of(budget), "under_covered": under_covered},
         keep=masks,
         # Routers choose among those that stay, so as many whole experts work for a token as before.
         activated_share=1.0,
@@ -371,6 +371,38 @@ def under_covered_experts(statistics: Statistics) -> list[tuple[int, int]]:
         .flatten()
         .tolist()
     ]
+
+
+def check_under_covered(under_covered: UnderCovered, method: Method) -> None:
+    """Refuse what cannot become of experts that saw little text.
+
+    Raises:
+        PlanError: It is not known, or not for this method.
+    """
+    if under_covered not in get_args(UnderCovered):
+        known = ", ".join(get_args(UnderCovered))
+        raise PlanError(f"under_covered must be one of {known}, got {under_covered}")
+    if under_covered == "keep" and method in ("drop", "dern"):
+        raise PlanError(
+            f"under_covered must be warn or fail with method {method}, which keeps experts by their scores, got keep"
+        )
+
+
+def kept_for_coverage(statistics: Statistics, under_covered: UnderCovered) -> list[tuple[int, int]]:
+    """Return (layer, expert) of every expert that is kept whole because it saw too few tokens.
+
+    Raises:
+        PlanError: Such experts are to `fail`, and there is one.
+    """
+    found = [] if under_covered == "warn" else under_covered_experts(statistics)
+    if found and under_covered == "fail":
+        layer, expert = found[0]
+        tokens = int(statistics.layers[layer]["counts"][:, expert].sum())
+        raise PlanError(
+            f"every expert must see {MINIMUM_COVERAGE} calibration tokens, got {tokens} for layer {layer} "
+            f"expert {expert}; calibrate on more text"
+        )
+    return found
 
 
 def _whole_experts(

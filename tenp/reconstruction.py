@@ -19,14 +19,14 @@ from tenp.allocation import Curves
 from tenp.errors import PlanError
 from tenp.plan import Plan, Repair
 from tenp.planning import (
-    MINIMUM_COVERAGE,
     Budget,
     UnderCovered,
     activated_share,
     automatic_width_multiple,
     check_budget,
+    check_under_covered,
+    kept_for_coverage,
     settings_of,
-    under_covered_experts,
 )
 from tenp.selection import Elimination
 from tenp.statistics import Statistics
@@ -75,6 +75,7 @@ def plan(
         PlanError: The budget cannot be met.
     """
     check_budget(budget)
+    check_under_covered(under_covered, budget.method)
     repair.require_moments(statistics)
     weights = repair.moment_weights(statistics, domain_weights)
     if not worst_domain:
@@ -123,12 +124,7 @@ def eliminate(
             huge activations.
     """
     guards = {**(protected or allocation.super_neurons(statistics.layers))}
-    for layer, expert in under_covered_experts(statistics) if under_covered != "warn" else []:
-        if under_covered == "fail":
-            raise PlanError(
-                f"every expert must see {MINIMUM_COVERAGE} calibration tokens, but layer {layer} expert {expert} "
-                "does not; calibrate on more text"
-            )
+    for layer, expert in kept_for_coverage(statistics, under_covered):
         guards[layer][expert] = True
     layers = {}
     for layer in statistics.layers:

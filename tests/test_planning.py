@@ -268,8 +268,7 @@ def test_enp_gives_all_experts_one_width() -> None:
 )
 def test_a_plan_records_what_its_method_uses(method: str, used: dict[str, object]) -> None:
     settings = dict(_plan(_layers([6], [24]), Budget(0.5, method=method)).settings)
-    assert settings.pop("under_covered", "warn") == "warn"
-    assert settings == {"keep": 0.5, "method": method, **used}
+    assert settings == {"keep": 0.5, "method": method, "under_covered": "warn", **used}
 
 
 def test_keeping_everything_keeps_everything() -> None:
@@ -348,11 +347,24 @@ def test_under_covered_experts_that_do_not_fit_are_an_error() -> None:
         _plan(_thin([5, 5, 5, 99]), Budget(0.5), "keep")
 
 
-def test_under_covered_experts_can_be_an_error() -> None:
+@pytest.mark.parametrize("method", ["tenp", "enp", "drop", "dern"])
+def test_under_covered_experts_can_be_an_error(method: str) -> None:
     with pytest.raises(
         PlanError, match="must see 32 calibration tokens, got 5 for layer 0 expert 2"
     ):
-        _plan(_thin([99, 99, 5, 99]), Budget(0.5), "fail")
+        _plan(_thin([99, 99, 5, 99]), Budget(0.5, method), "fail")
+    assert _plan(_thin([99, 99, 32, 99]), Budget(0.5, method), "fail").widths()
+
+
+@pytest.mark.parametrize("method", ["drop", "dern"])
+def test_methods_that_drop_experts_keep_none_for_coverage(method: str) -> None:
+    with pytest.raises(PlanError, match=f"must be warn or fail with method {method}, .* got keep"):
+        _plan(_thin([99, 99, 5, 99]), Budget(0.5, method), "keep")
+
+
+def test_coverage_spelled_wrong_is_refused() -> None:
+    with pytest.raises(PlanError, match="must be one of warn, keep, fail, got kepp"):
+        _plan(_thin([99] * 4), Budget(0.5), "kepp")
 
 
 # ---- what cannot be met ----

@@ -380,6 +380,21 @@ def test_the_method_best_records_what_it_uses(with_moments: Statistics) -> None:
     assert settings == used
 
 
+def test_the_method_best_can_refuse_thin_coverage(with_moments: Statistics) -> None:
+    counts = with_moments.layers[1]["counts"].clone()
+    counts[:, 2] = torch.tensor([3, 2])
+    layers = {**with_moments.layers, 1: {**with_moments.layers[1], "counts": counts}}
+    thin = dataclasses.replace(with_moments, layers=layers)
+    assert pipeline.plan(with_moments, Budget(0.5, "best"), under_covered="fail").repair
+    with pytest.raises(PlanError, match="must see 32 calibration tokens, got 5 for layer 1 expert"):
+        pipeline.plan(thin, Budget(0.5, "best"), under_covered="fail")
+    kept = pipeline.plan(thin, Budget(0.5, "best"), under_covered="keep").keep[1]
+    assert kept[2].all()
+    for plan in (pipeline.plan, lambda s, b, **more: pipeline.frontier(s, [b], **more)):
+        with pytest.raises(PlanError, match="under_covered must be one of warn, keep, fail"):
+            plan(with_moments, Budget(0.5, "best"), under_covered="kepp")
+
+
 def test_only_the_method_best_knows_a_worst_domain(with_moments: Statistics) -> None:
     with pytest.raises(PlanError, match="worst_domain needs method best, got method tenp"):
         pipeline.plan(with_moments, Budget(0.5), worst_domain=True)
