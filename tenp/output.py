@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tenp import pruning
-from tenp.errors import CheckpointError
+from tenp.errors import CheckpointError, TenpError
 from tenp.files import require_absent
 from tenp.plan import Plan
 from tenp.statistics import Statistics
@@ -51,12 +51,12 @@ def _note(out: Path, decided: Plan, weights: str | None) -> dict[str, str]:
     }
 
 
-def keep_statistics(statistics: Statistics, out: Path, error: CheckpointError) -> CheckpointError:
+def keep_statistics(statistics: Statistics, out: Path, error: TenpError) -> TenpError:
     """Keep the statistics of a run without a work directory, and return the error that names them.
 
     Args:
         statistics: They cost hours, and serve every plan.
-        out: The output that could not be written; the file lies beside it.
+        out: The output that was not written; the file lies beside where it would be.
         error: Why. It is returned as it is if the file cannot be written either.
     """
     path = out.with_name(f"{out.name}-{statistics.digest()[:12]}.safetensors")
@@ -64,6 +64,4 @@ def keep_statistics(statistics: Statistics, out: Path, error: CheckpointError) -
         statistics.save(path)
     except CheckpointError:
         return error
-    return CheckpointError(
-        f"{error}; the statistics are kept in {path}, for tenp plan and tenp apply"
-    )
+    return type(error)(f"{error}; the statistics are kept in {path}, for tenp plan and tenp apply")

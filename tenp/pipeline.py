@@ -7,6 +7,7 @@ Every stage is a function here, and `prune` is all of them in a row.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ from tenp import (
 from tenp import report as reporting
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
-from tenp.errors import CheckpointError, PlanError
+from tenp.errors import PlanError, TenpError
 from tenp.evaluation import DomainEvaluation
 from tenp.execution import Execution
 from tenp.files import require_absent, require_space, write_atomically
@@ -102,8 +103,7 @@ def plan(
         checkpoint: The model, for criteria that need weights.
         dern_options: For the method `dern`.
     """
-    if worst_domain and budget.method != "best":
-        raise PlanError(f"worst_domain needs method best, got method {budget.method}")
+    check(budget, neuron_criterion, under_covered, expert_criterion, refit, worst_domain)
     if budget.method == "best":
         return reconstruction.plan(statistics, budget, domain_weights, under_covered, worst_domain)
     if expert_criterion is None:
@@ -123,6 +123,32 @@ def plan(
         },
     )
     return reconstruction.with_repair(decided, statistics, domain_weights) if refit else decided
+
+
+def check(
+    budget: Budget,
+    neuron_criterion: str = "projection",
+    under_covered: UnderCovered = "warn",
+    expert_criterion: str | None = None,
+    refit: bool = False,
+    worst_domain: bool = False,
+    **_: Any,
+) -> None:
+    """Refuse arguments of `plan` that fit no statistics at all.
+
+    Raises:
+        TenpError: An argument is out of range or not known, or two contradict each other.
+    """
+    planning.check_budget(budget)
+    planning.check_under_covered(under_covered, budget.method)
+    scoring.check(expert_criterion or "direction-change", neuron_criterion)
+    if worst_domain and budget.method != "best":
+        raise PlanError(f"worst_domain needs method best, got method {budget.method}")
+    if refit and budget.method in ("drop", "dern"):
+        raise PlanError(
+            "a plan that drops whole experts cannot be repaired: the routers choose others instead, "
+            f"got method {budget.method}"
+        )
 
 
 def _criteria(
@@ -310,15 +336,18 @@ def prune(
         plan_options: Further arguments of `plan`.
 
     Raises:
-        TenpError: Something does not fit; nothing is left in `out`. Without a work directory,
-            statistics of an output that could not be written are kept beside it.
+        TenpError: Something does not fit; nothing is left in `out`. What was calibrated without a
+            work directory is then kept beside it.
     """
     run = run or Run()
     if budget.method == "best" or plan_options.get("refit"):
         run = dataclasses.replace(run, second_moments=True)
-    if budget.pool == "model":
+    criteria = {plan_options.get("expert_criterion"), plan_options.get("neuron_criterion")}
+    if budget.pool == "model" or criteria & {*scoring.NEEDS_SECOND_PASS}:
         run = dataclasses.replace(run, second_pass=True)
-    # Everything that can be known to be wrong is found before the model is read.
+    # What can be known to be wrong is found before the model is read, a misspelled option too.
+    inspect.signature(plan).bind(None, budget, checkpoint=None, **plan_options)
+    check(budget, **plan_options)
     kept, _ = planning.check_budget(budget)
     int8 = applying.rounding_of(weights, budget.method)
     if run.execution.sequential is not None:
@@ -337,24 +366,24 @@ def prune(
             # At least: only experts shrink, and float32 to a quarter in 8 bits.
             require_space(Path(out), int(kept * source.bytes / (1 if int8 is None else 4)))
         statistics = running.calibrate(checkpoint, source, domains, run, report, group, work)
-        decided = plan(statistics, budget, checkpoint=checkpoint, **plan_options)
-        if run.execution.sequential is not None:
-            narrowing = _narrowing(
-                decided, statistics, run.execution.sequential, checkpoint, plan_options
-            )
-            with _work_of(work, decided, group) as own:
-                statistics = running.calibrate(
-                    checkpoint, source, domains, run, report, group, own, narrowing
-                )
-            decided = narrowing.plan(statistics)
-        if out is None or group.rank > 0:
-            return Pruned(decided, statistics)
         try:
+            decided = plan(statistics, budget, checkpoint=checkpoint, **plan_options)
+            if run.execution.sequential is not None:
+                narrowing = _narrowing(
+                    decided, statistics, run.execution.sequential, checkpoint, plan_options
+                )
+                with _work_of(work, decided, group) as own:
+                    statistics = running.calibrate(
+                        checkpoint, source, domains, run, report, group, own, narrowing
+                    )
+                decided = narrowing.plan(statistics)
+            if out is None or group.rank > 0:
+                return Pruned(decided, statistics)
             applying.apply(
                 checkpoint, decided, Path(out), verify, run, report, statistics, work, int8
             )
-        except CheckpointError as error:
-            if work is not None:
+        except TenpError as error:
+            if out is None or group.rank > 0 or work is not None:
                 raise
             raise output.keep_statistics(statistics, Path(out), error) from error
         changed = None if int8 is None else int8.error()

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from tenp import allocation, repair, selection
 from tenp.allocation import Curves
-from tenp.errors import PlanError
 from tenp.plan import Plan, Repair
 from tenp.planning import (
     Budget,
@@ -219,19 +218,14 @@ def with_repair(
     statistics: Statistics,
     domain_weights: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Return a plan of any method that also refits what it keeps.
+    """Return a plan that also refits what it keeps.
 
     Args:
-        decided: The plan; what it keeps stays as it is.
+        decided: A plan that narrows experts; what it keeps stays as it is.
         statistics: The ones it was made from, with second moments.
         domain_weights: Weight of each domain's error, 1 if not given.
     """
     repair.require_moments(statistics)
-    if decided.experts is not None:
-        raise PlanError(
-            "a plan that drops whole experts cannot be repaired: the routers choose others instead, "
-            f"got method {decided.settings['method']}"
-        )
     return _repaired(decided, statistics, repair.moment_weights(statistics, domain_weights))
 
 

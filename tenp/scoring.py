@@ -176,20 +176,9 @@ def score(
         InvalidArgument: A criterion or a domain is not known, a weight is no weight, or a criterion
             needs what is not there.
     """
-    expert = _look_up(
-        "expert_criterion",
-        expert_criterion,
-        EXPERT_CRITERIA,
-        EXPERT_WEIGHTS_CRITERIA,
-        weights,
-    )
-    neuron = _look_up(
-        "neuron_criterion",
-        neuron_criterion,
-        NEURON_CRITERIA,
-        NEURON_WEIGHTS_CRITERIA,
-        weights,
-    )
+    check(expert_criterion, neuron_criterion)
+    expert = _look_up(expert_criterion, EXPERT_CRITERIA, EXPERT_WEIGHTS_CRITERIA, weights)
+    neuron = _look_up(neuron_criterion, NEURON_CRITERIA, NEURON_WEIGHTS_CRITERIA, weights)
     names = [domain.name for domain in statistics.domains]
     alphas = torch.tensor(domain_weights_of(names, domain_weights or {}), dtype=torch.float64)
     order = 1 if expert_criterion in _SUMS_TO_ONE else 2
@@ -207,6 +196,20 @@ def score(
             chances if neuron is None else combine_neurons(neuron(index, layer), alphas)
         )
     return Scores(experts, neurons)
+
+
+def check(expert_criterion: str, neuron_criterion: str) -> None:
+    """Refuse criteria that are not known.
+
+    Raises:
+        InvalidArgument: One is not.
+    """
+    _require_known(
+        "expert_criterion", expert_criterion, [*EXPERT_CRITERIA, *EXPERT_WEIGHTS_CRITERIA]
+    )
+    _require_known(
+        "neuron_criterion", neuron_criterion, [*NEURON_CRITERIA, *NEURON_WEIGHTS_CRITERIA]
+    )
 
 
 def combine_experts(importance: Tensor, weights: Tensor, order: int = 2) -> Tensor:
@@ -248,8 +251,14 @@ def _optional(layer: LayerStatistics, name: str, criterion: str, needs: str) -> 
     return layer[name]
 
 
+def _require_known(argument: str, name: str, known: list[str]) -> None:
+    if name not in [*known, "random"]:
+        raise InvalidArgument(
+            f"score: {argument} must be one of {', '.join(known)}, random, got {name}"
+        )
+
+
 def _look_up(
-    argument: str,
     name: str,
     plain: Mapping[str, Criterion],
     weighted: Mapping[str, WeightsCriterion],
@@ -261,9 +270,6 @@ def _look_up(
     if name in plain:
         criterion = plain[name]
         return lambda index, layer: criterion(layer)
-    if name not in weighted:
-        known = ", ".join([*plain, *weighted, "random"])
-        raise InvalidArgument(f"score: {argument} must be one of {known}, got {name}")
     if weights is None:
         raise InvalidArgument(f"score: {name} needs the model's weights; name the model")
     of_weights, read = weighted[name], weights

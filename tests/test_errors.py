@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+import tenp
 from support.fixtures import Command, Result, Tiny, files_of
 from support.tiny_models import make_tokenizer, save_model
 from tenp import adapter, calibration, files
 from tenp.checkpoint import INDEX_FILE, ShardWriter
+from tenp.errors import InvalidArgument
 
 
 @pytest.fixture
@@ -152,6 +154,13 @@ def test_a_pruned_model(prune, tiny: Tiny) -> None:
             ("--method", "enp", "--alpha", 0.2),
             "alpha needs method tenp, got 0.2 with method enp",
         ),
+        (0.5, ("--method", "drop", "--repair", "ls"), "cannot be repaired: .* got method drop"),
+        (
+            0.5,
+            ("--method", "dern", "--under-covered", "keep"),
+            "under_covered must be warn or fail",
+        ),
+        (0.5, ("--worst-domain",), "worst_domain needs method best, got method tenp"),
         (0.5, ("--width-multiple", 0), "width_multiple must be 1 or more, got 0"),
         (0.5, ("--domain-weight", "cod=2"), r"must be for \['text'\], got \['cod'\]"),
         (0.5, ("--domain-weight", "text"), "--domain-weight must be NAME=NUMBER, got text"),
@@ -169,6 +178,22 @@ def test_an_option_out_of_range(prune, tiny: Tiny, monkeypatch, keep, more, mess
     _assert_refused(prune(tiny.directory, *more, keep=keep), message)
 
 
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"neuron_criterion": "l3"}, InvalidArgument, "must be one of projection, .*, got l3"),
+        ({"expert_criterion": "x"}, InvalidArgument, "must be one of direction-change, .*, got x"),
+        ({"neuron_criterium": "l2"}, TypeError, "unexpected keyword argument 'neuron_criterium'"),
+    ],
+)
+def test_an_option_of_python_that_is_none(
+    tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch, option, error, message
+) -> None:
+    monkeypatch.setattr(adapter, "load_model", _must_not_run)
+    with pytest.raises(error, match=message):
+        tenp.prune(tiny.directory, [text_file], tmp_path / "out", tenp.Budget(0.5), **option)
+
+
 def _must_not_run(*arguments: object, **options: object) -> None:
     raise AssertionError("the mistake must be found before the model is read")
 
@@ -183,6 +208,7 @@ def test_experts_that_see_too_little_text(prune, tiny: Tiny, tmp_path: Path) -> 
     (tmp_path / "little.txt").write_text("little")
     result = prune(tiny.directory, "--under-covered", "fail", calibration=tmp_path / "little.txt")
     _assert_refused(result, "must see 32 calibration tokens, got", "calibrate on more text")
+    assert len(list(tmp_path.glob("out-*.safetensors"))) == 1
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu9"])
@@ -327,6 +353,23 @@ def test_statistics_outlive_an_output_that_cannot_be_written(
     _assert_refused(result, "out cannot be written: No space left on device; the statistics are ")
     (kept,) = tmp_path.glob("out-*.safetensors")
     assert str(kept) in result.err
+    assert command("plan", kept, "--keep", 0.5, "--out", tmp_path / "plan.json").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--method", "enp", "--keep", 0.01), "every expert must keep a neuron"),
+        (("--method", "drop", "--keep", 0.01), "every layer must keep an expert"),
+        (("--method", "drop", "--keep", 0.5), "must have a config field for the number of experts"),
+    ],
+)
+def test_statistics_outlive_a_plan_that_the_experts_do_not_allow(
+    prune, command: Command, tiny: Tiny, tmp_path: Path, monkeypatch, options, message
+) -> None:
+    monkeypatch.setattr(adapter, "config_of_experts", lambda *arguments: None)
+    _assert_refused(prune(tiny.directory, *options), message, "; the statistics are kept in ")
+    (kept,) = tmp_path.glob("out-*.safetensors")
     assert command("plan", kept, "--keep", 0.5, "--out", tmp_path / "plan.json").code == 0
 
 

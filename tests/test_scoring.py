@@ -2,11 +2,13 @@
 """Scores are the equations of docs/method.md, worked out by hand on small numbers."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import tenp
 from support.fixtures import Tiny
 from tenp import scoring
 from tenp.errors import InvalidArgument
@@ -129,6 +131,15 @@ def test_unknown_criteria_are_refused_with_the_known_ones(tiny: Tiny) -> None:
         scoring.score(tiny.statistics, neuron_criterion="x")
     with pytest.raises(InvalidArgument, match="expert_criterion must be one of direction-change"):
         scoring.score(tiny.statistics, expert_criterion="x")
+
+
+@pytest.mark.parametrize("criterion", scoring.NEEDS_SECOND_PASS)
+def test_pruning_collects_what_its_criterion_needs(
+    tiny: Tiny, text_file: Path, criterion: str
+) -> None:
+    kind = "neuron_criterion" if criterion in scoring.NEURON_CRITERIA else "expert_criterion"
+    pruned = tenp.prune(tiny.directory, [text_file], None, tenp.Budget(0.5), **{kind: criterion})
+    assert criterion in pruned.plan.settings.values()
 
 
 def test_a_weight_for_an_unknown_domain_is_refused(tiny: Tiny) -> None:

@@ -11,7 +11,6 @@ from tenp import pipeline
 from tenp.cli import display, options
 from tenp.distributed import Group
 from tenp.planning import Budget
-from tenp.scoring import NEEDS_SECOND_PASS
 
 
 def command(
@@ -65,9 +64,6 @@ def command(
     budget = Budget(
         keep, method.value, alpha, shallow, deep, width_multiple, activated, pool.value, floor
     )
-    second_pass = neurons.value in NEEDS_SECOND_PASS or (
-        experts is not None and experts.value in NEEDS_SECOND_PASS
-    )
     run = pipeline.Run(
         samples or None,
         max_length,
@@ -77,7 +73,6 @@ def command(
         device,
         self_generate,
         options.execution(stream, memory, offload, work_dir, None, sequential, against_dense),
-        second_pass=second_pass,
     )
     is_first = Group.from_environment().rank == 0
     if out is None and not dry_run:
