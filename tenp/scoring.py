@@ -7,6 +7,7 @@ domains are normalised and combined here, once for all of them. Equations: docs/
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 
 import torch
@@ -183,8 +184,10 @@ def score(
     alphas = torch.tensor(domain_weights_of(names, domain_weights or {}), dtype=torch.float64)
     order = 1 if expert_criterion in _SUMS_TO_ONE else 2
     experts, neurons = {}, {}
-    generator = torch.Generator().manual_seed(seed)
     for index, layer in statistics.layers.items():
+        # Every layer has random numbers of its own, the same when it is scored alone.
+        own = random.Random(f"{seed} {index}").getrandbits(32)
+        generator = torch.Generator().manual_seed(own)
         # Drawn for every layer, so that the experts of a seed do not depend on the neurons' criterion.
         chances = torch.rand(layer["down_norm"].shape, generator=generator, dtype=torch.float64)
         experts[index] = (

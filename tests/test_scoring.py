@@ -133,6 +133,23 @@ def test_unknown_criteria_are_refused_with_the_known_ones(tiny: Tiny) -> None:
         scoring.score(tiny.statistics, expert_criterion="x")
 
 
+def test_random_scores_of_a_layer_are_its_own_alone_or_among_others(tiny: Tiny) -> None:
+    def drawn(statistics: Statistics, seed: int = 0) -> dict[int, Tensor]:
+        scores = scoring.score(statistics, "random", "random", seed=seed)
+        return {
+            n: torch.cat([scores.experts[n], scores.neurons[n].flatten()]) for n in scores.experts
+        }
+
+    together = drawn(tiny.statistics)
+    for layer, sums in tiny.statistics.layers.items():
+        alone = dataclasses.replace(tiny.statistics, layers={layer: sums})
+        assert torch.equal(drawn(alone)[layer], together[layer])
+        assert not torch.equal(drawn(alone, seed=1)[layer], together[layer])
+    first, second, third = together.values()
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
 @pytest.mark.parametrize("criterion", scoring.NEEDS_SECOND_PASS)
 def test_pruning_collects_what_its_criterion_needs(
     tiny: Tiny, text_file: Path, criterion: str
