@@ -99,7 +99,7 @@ def plan(
         refit: Also refit what is kept. The method `best` has no scores: it goes by what the
             experts' outputs lose, and always refits.
         worst_domain: For `best`: make the largest relative error of a domain smallest.
-        seed: For the criterion `random`.
+        seed: For the criterion `random`; the one for random centres is in `dern_options`.
         checkpoint: The model, for criteria that need weights.
         dern_options: For the method `dern`.
     """
@@ -118,7 +118,7 @@ def plan(
         decided,
         settings={
             **decided.settings,
-            **_criteria(budget, expert_criterion, neuron_criterion, dern_options),
+            **_criteria(budget, expert_criterion, neuron_criterion, seed, dern_options),
             "domain_weights": dict(domain_weights or {}),
         },
     )
@@ -152,14 +152,17 @@ def check(
 
 
 def _criteria(
-    budget: Budget, experts: str, neurons: str, dern_options: dern.Options | None
+    budget: Budget, experts: str, neurons: str, seed: int, dern_options: dern.Options | None
 ) -> dict[str, Any]:
     """What a plan records of how it was decided."""
+    used: dict[str, Any] = {"experts": experts}
+    if budget.method not in ("drop", "dern"):
+        used["neurons"] = neurons
+    if "random" in used.values():
+        used["seed"] = seed
     if budget.method == "dern":
-        return {"experts": experts, "dern": dataclasses.asdict(dern_options or dern.Options())}
-    if budget.method == "drop":
-        return {"experts": experts}
-    return {"experts": experts, "neurons": neurons}
+        used["dern"] = dataclasses.asdict(dern_options or dern.Options())
+    return used
 
 
 def frontier(

@@ -153,6 +153,26 @@ def test_plan_options_reach_the_plan(command: Command, tiny: Tiny, tmp_path: Pat
     assert all(width % 2 == 0 for width in widths)
 
 
+@pytest.mark.parametrize(
+    "random",
+    [
+        ("--neurons", "random"),
+        ("--experts", "random"),
+        ("--method", "dern", "--dern-init", "random"),
+    ],
+)
+def test_a_plan_with_random_choices_records_their_seed(
+    command: Command, tiny: Tiny, tmp_path: Path, random: tuple[str, ...]
+) -> None:
+    tiny.statistics.save(tmp_path / "s.safetensors")
+    arguments = ("plan", tmp_path / "s.safetensors", "--keep", 0.5, "--dry-run", "--json", *random)
+    for seed in (1, 2):
+        settings = command(*arguments, "--seed", seed).json()["settings"]
+        assert settings.get("dern", settings)["seed"] == seed
+    plain = command(*arguments[:6], "--seed", 1).json()["settings"]
+    assert "seed" not in plain
+
+
 def test_show_knows_every_file(command: Command, tiny: Tiny, tmp_path: Path) -> None:
     tiny.statistics.save(tmp_path / "s.safetensors")
     tiny.plan.save(tmp_path / "p.json")

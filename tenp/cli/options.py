@@ -187,7 +187,7 @@ def parse_shares(text: str) -> list[float]:
         raise InvalidArgument(f"--frontier must be shares like 0.9,0.8,0.7, got {text}") from None
 
 
-def dern(threshold: float, init: DernInitName, weighted: bool) -> Options:
+def dern(threshold: float, init: DernInitName, weighted: bool, seed: int) -> Options:
     """Return the settings of DERN.
 
     Raises:
@@ -195,7 +195,7 @@ def dern(threshold: float, init: DernInitName, weighted: bool) -> Options:
     """
     if not -1 <= threshold <= 1:
         raise InvalidArgument(f"--dern-threshold must be between -1 and 1, got {threshold}")
-    return Options(threshold=threshold, init=init.value, weighted=weighted)
+    return Options(threshold=threshold, init=init.value, weighted=weighted, seed=seed)
 
 
 def weights(name: WeightsName) -> str | None:

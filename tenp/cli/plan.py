@@ -97,7 +97,7 @@ def command(
         worst_domain=worst_domain,
         seed=seed,
         checkpoint=None if model is None else Checkpoint.resolve(model),
-        dern_options=options.dern(dern_threshold, dern_init, dern_weights),
+        dern_options=options.dern(dern_threshold, dern_init, dern_weights, seed),
     )
     if out is not None and not dry_run:
         decided.save(out)

@@ -95,7 +95,7 @@ def command(
             refit=repair is options.RepairName.ls,
             worst_domain=worst_domain,
             seed=seed,
-            dern_options=options.dern(dern_threshold, dern_init, dern_weights),
+            dern_options=options.dern(dern_threshold, dern_init, dern_weights, seed),
         )
     if not is_first:
         return
