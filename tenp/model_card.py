@@ -84,7 +84,8 @@ def model_card(
 {_command(name, plan.settings, plan.repair is not None, is_int8)}
 ```
 
-TEXT is the calibration text, one file for each domain. Versions: {versions}.
+TEXT is the calibration text, one file for each domain. A plan does not hold how the text was read, so
+options like `--samples` and `--max-length` are not in the command. Versions: {versions}.
 Settings: `{json.dumps(plan.settings, sort_keys=True)}`. The plan is in `tenp_plan.json`, made from statistics `{plan.statistics[:16]}…`
 of checkpoint `{plan.source.fingerprint[:16]}…`.
 
@@ -249,6 +250,8 @@ def _command(name: str, settings: Mapping[str, Any], repaired: bool, is_int8: bo
     given = dict(settings)
     dern = given.pop("dern", {})
     given |= {f"dern_{option}": dern[option] for option in ("threshold", "init") if dern}
+    if dern.get("init") == "random":
+        given["seed"] = dern["seed"]
     words = ["tenp", "prune", name, "--calibration", "TEXT..."]
     for option in _OPTIONS:
         if given.get(option) is not None:
@@ -278,9 +281,12 @@ _OPTIONS = (
     "deep",
     "width_multiple",
     "activated",
+    "pool",
+    "floor",
     "experts",
     "neurons",
     "under_covered",
     "dern_threshold",
     "dern_init",
+    "seed",
 )

@@ -104,8 +104,10 @@ def plan(
         dern_options: For the method `dern`.
     """
     check(budget, neuron_criterion, under_covered, expert_criterion, refit, worst_domain)
+    weighted = {"domain_weights": dict(domain_weights or {})}
     if budget.method == "best":
-        return reconstruction.plan(statistics, budget, domain_weights, under_covered, worst_domain)
+        best = reconstruction.plan(statistics, budget, domain_weights, under_covered, worst_domain)
+        return dataclasses.replace(best, settings={**best.settings, **weighted})
     if expert_criterion is None:
         own = {"dern": "normalized-gating-score"}
         expert_criterion = own.get(budget.method, "direction-change")
@@ -119,7 +121,7 @@ def plan(
         settings={
             **decided.settings,
             **_criteria(budget, expert_criterion, neuron_criterion, seed, dern_options),
-            "domain_weights": dict(domain_weights or {}),
+            **weighted,
         },
     )
     return reconstruction.with_repair(decided, statistics, domain_weights) if refit else decided

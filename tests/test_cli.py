@@ -86,15 +86,32 @@ def test_prune_prints_one_json_document(
     assert 0 <= content["after"][0]["agreement"] <= 1
 
 
-def test_the_card_has_what_it_cost_and_a_command_that_decides_the_same(
+def test_the_card_has_what_it_cost(
     command: Command, tiny: Tiny, texts: list[Path], tmp_path: Path
 ) -> None:
-    chosen = ("--alpha", 0.2, "--deep", 3, "--neurons", "l2", "--domain-weight", "b=2")
-    measured = ("--width-multiple", 2, "--evaluate", texts[0], "--json")
-    content = command(*_prune(tiny, texts, tmp_path / "out"), *chosen, *measured).json()
+    measured = ("--evaluate", texts[0], "--json")
+    content = command(*_prune(tiny, texts, tmp_path / "out"), *measured).json()
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| {content['before'][0]['perplexity']:.3f} " in card
     assert f"| {content['after'][0]['divergence']:.4f} " in card
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "--alpha 0.2 --deep 3 --neurons l2 --width-multiple 2 --domain-weight b=2",
+        "--method enp --neurons random --seed 3",
+        "--method best --pool model --floor 0.4 --domain-weight b=2",
+        "--method best --activated 0.4 --worst-domain",
+        "--method dern --experts random --dern-init random --seed 3",
+    ],
+)
+def test_the_card_has_a_command_that_decides_the_same(
+    command: Command, tiny: Tiny, texts: list[Path], tmp_path: Path, chosen: str
+) -> None:
+    arguments = [*_prune(tiny, texts, tmp_path / "out"), *chosen.split(), "--no-verify", "--json"]
+    content = command(*arguments).json()
+    card = (tmp_path / "out" / "README.md").read_text()
     [line] = re.findall(r"^tenp (prune .*)$", card, flags=re.MULTILINE)
     ours = {tiny.directory.name: [tiny.directory], "TEXT...": texts, "DIR": [tmp_path / "again"]}
     arguments = [value for word in shlex.split(line) for value in ours.get(word, [word])]
