@@ -168,6 +168,8 @@ class Plan:
             )
         try:
             keep = {entry["layer"]: _read_layer(entry) for entry in document["layers"]}
+            if not keep:
+                raise ValueError("no layers")
             return cls(
                 Source(**document["source"]),
                 document["statistics"],
@@ -177,7 +179,7 @@ class Plan:
                 _read_repair(document.get("repair")),
                 _by_layer(document["experts"]) if "experts" in document else None,
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{path} must be a whole plan, got a damaged one: {error}") from error
 
 

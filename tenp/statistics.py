@@ -224,6 +224,8 @@ class Statistics:
             _, number, name = key.split(".")
             layers.setdefault(int(number), {})[name] = tensor
         layers = dict(sorted(layers.items()))
+        if not layers:
+            raise ValueError("no layers")
         for layer, found in layers.items():
             if missing := STATISTICS.keys() - found.keys():
                 raise ValueError(f"layer {layer} lacks {', '.join(sorted(missing))}")

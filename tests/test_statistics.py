@@ -173,6 +173,13 @@ def _saved(tiny: Tiny, path: Path) -> Path:
     return path
 
 
+def test_statistics_of_no_layer_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "statistics.safetensors"
+    dataclasses.replace(tiny.statistics, layers={}).save(path)
+    with pytest.raises(DataError, match="damaged one: no layers"):
+        Statistics.load(path)
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none.safetensors must be a statistics file"):
         Statistics.load(tmp_path / "none.safetensors")
