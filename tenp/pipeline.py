@@ -224,7 +224,6 @@ def report(
     statistics: str | Path | None = None,
     data: Sequence[str | Path] = (),
     results: Sequence[str | Path] = (),
-    run: Run | None = None,
 ) -> Path:
     """Write the report of a pruned checkpoint, and return its page.
 
@@ -234,20 +233,28 @@ def report(
         statistics: The file that its plan was made from.
         data: Text to count the pruned model's choices on.
         results: Files of `benchmarks/quality.py`.
-        run: How the model is run.
+
+    Raises:
+        PlanError: The plan was made from other statistics.
+        Unsupported: matplotlib is not installed.
     """
     require_absent(Path(out))
+    reporting.require_matplotlib()
     decided = Plan.load(Path(directory) / pruning.PLAN_FILE)
     measured = None if statistics is None else Statistics.load(statistics)
+    if measured is not None and measured.digest() != decided.statistics:
+        raise PlanError(
+            f"{statistics} must be the statistics of the plan, {decided.statistics[:12]}, got "
+            f"{measured.digest()[:12]}; give the file that the plan was made from"
+        )
+    rows = [row for path in results for row in reporting.read_results(Path(path))]
     after = None
     if data:
-        run = run or Run()
-        checkpoint = Checkpoint(directory)
+        run, checkpoint = Run(), Checkpoint(directory)
         samples = running.samples_of(checkpoint, read_domains(data), run)
         after = reporting.selection_counts(
             adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device), samples
         )
-    rows = [row for path in results for row in reporting.read_results(Path(path))]
     drawn = reporting.figures(decided, measured, after, rows)
     return reporting.write(Path(out), decided, drawn, measured)
 

@@ -96,7 +96,7 @@ def figures(
     """
     drawn = [_widths(plan)]
     if statistics is not None:
-        drawn.append(_frequency(plan, statistics, after or {}))
+        drawn.append(_frequency(statistics, after or {}))
         drawn.append(_coverage(statistics))
     if (errors := layer_errors(plan, statistics)) is not None:
         drawn.append(_errors(errors))
@@ -162,11 +162,21 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return list(rows)
 
 
-def _plot(width: float = 8.0, height: float = 3.6) -> tuple[Any, Any]:
+def require_matplotlib() -> None:
+    """Check that figures can be drawn.
+
+    Raises:
+        Unsupported: They cannot.
+    """
     try:
-        from matplotlib.figure import Figure as Canvas
+        import matplotlib.figure  # noqa: F401
     except ImportError:
-        raise Unsupported("a report needs matplotlib; install tenp[report]") from None
+        raise Unsupported("a report needs matplotlib, got none; install tenp[report]") from None
+
+
+def _plot(width: float = 8.0, height: float = 3.6) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure as Canvas
+
     canvas = Canvas(figsize=(width, height), dpi=120, layout="constrained")
     return canvas, canvas.add_subplot()
 
@@ -197,11 +207,11 @@ def _widths(plan: Plan) -> Figure:
         canvas,
         "widths",
         "Kept width of every expert",
-        "TENP keeps more experts whole in deeper layers: the bright area is a trapezoid.",
+        "One row a layer, its experts from the widest to the narrowest: the brighter, the more stays.",
     )
 
 
-def _frequency(plan: Plan, statistics: Statistics, after: Mapping[int, Tensor]) -> Figure:
+def _frequency(statistics: Statistics, after: Mapping[int, Tensor]) -> Figure:
     canvas, axes = _plot()
     for index, (layer, sums) in enumerate(statistics.layers.items()):
         counts = sums["counts"].sum(dim=0).double()

@@ -2,12 +2,13 @@
 """The report is one page with everything in it."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from support.fixtures import Command, Tiny
+from support.fixtures import Command, Tiny, of_other_text
 from tenp import adapter, report
 from tenp.errors import DataError
 
@@ -35,6 +36,28 @@ def test_the_page_needs_no_other_file(
         assert (tmp_path / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     for fact in (tiny.source.fingerprint, tiny.plan.statistics, "Provenance"):
         assert fact in page
+
+
+def test_mistakes_are_found_before_the_model_is_run(
+    tiny: Tiny, tmp_path: Path, command: Command, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def must_not_run(*arguments: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(report, "selection_counts", must_not_run)
+    (tmp_path / "other.json").write_text("[]")
+    of_other_text(tiny.statistics).save(tmp_path / "other.safetensors")
+    arguments = ("report", tiny.pruned, "--out", tmp_path / "report", "--data", text_file)
+    for option, file, message in (
+        ("--statistics", "other.safetensors", "must be the statistics of the plan, "),
+        ("--results", "other.json", "must be a file of benchmarks/quality.py"),
+    ):
+        result = command(*arguments, option, tmp_path / file)
+        assert result.code == 2
+        assert message in result.err
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "a report needs matplotlib" in command(*arguments).err
+    assert not (tmp_path / "report").exists()
 
 
 def test_results_become_figures(tiny: Tiny) -> None:
