@@ -77,21 +77,16 @@ def plan(
     check_under_covered(under_covered, budget.method)
     repair.require_moments(statistics)
     weights = repair.moment_weights(statistics, domain_weights)
+
+    def decide(weights: Mapping[str, float]) -> Plan:
+        removals = eliminate(statistics, weights, under_covered)
+        return cut(statistics, removals, budget, under_covered)
+
     if not worst_domain:
-        return cut(
-            statistics,
-            eliminate(statistics, weights, under_covered),
-            budget,
-            under_covered,
-        )
+        return decide(weights)
     best: tuple[float, Plan] | None = None
     for _ in range(_WORST_DOMAIN_STEPS):
-        decided = cut(
-            statistics,
-            eliminate(statistics, weights, under_covered),
-            budget,
-            under_covered,
-        )
+        decided = decide(weights)
         errors = domain_errors(statistics, decided)
         worst = max(errors.values())
         if best is None or worst < best[0]:
