@@ -20,7 +20,7 @@ from torch import Tensor
 from tenp.adapter import Experts
 from tenp.checkpoint import Checkpoint
 from tenp.dropping import Rebuilt
-from tenp.errors import Unsupported
+from tenp.errors import PlanError, Unsupported
 from tenp.plan import Plan
 from tenp.refitting import reader_of_layers, require_statistics
 from tenp.statistics import Statistics
@@ -37,7 +37,6 @@ class Options:
 
     Attributes:
         threshold: A neuron moves when its cosine with the most similar kept neuron is above this.
-        with_gate: Whether the gate row counts in the similarity; the paper finds it better left out.
         init: Cluster centres start from the neurons of the largest max|gate row| (`max-gate`), or from
             random ones (`random`, an ablation of the paper).
         weighted: Whether neurons count by their mass; without is an ablation of the paper.
@@ -45,7 +44,6 @@ class Options:
     """
 
     threshold: float = 0.6
-    with_gate: bool = False
     init: Init = "max-gate"
     weighted: bool = True
     seed: int = 0
@@ -62,14 +60,21 @@ def rebuilder(
     """Return what rebuilds the layers of a plan of method `dern`; None for other plans.
 
     Raises:
-        PlanError: The statistics are not those that the plan was made from.
+        PlanError: The statistics are not those that the plan was made from, or its settings are of
+            another version.
     """
     if "dern" not in plan.settings:
         return None
     require_statistics(plan, statistics)
     assert statistics is not None and plan.experts is not None
+    try:
+        options = Options(**plan.settings["dern"])
+    except TypeError:
+        raise PlanError(
+            f"the plan must have settings of dern that this version of tenp knows, got {plan.settings['dern']}; "
+            "plan again"
+        ) from None
     read, stays = reader_of_layers(checkpoint), plan.experts
-    options = Options(**plan.settings["dern"])
     return lambda layer: rebuild(read(layer), stays[layer], importance(statistics, layer), options)
 
 
@@ -130,9 +135,8 @@ def assign(triples: Tensor, stays: list[int], options: Options) -> Tensor:
         `[E, I]`, int64: which of `stays` has it from now on; -1 for a neuron that is dropped.
     """
     whole = torch.nn.functional.normalize(triples.flatten(2), dim=-1)  # [E, I, .]
-    compared = whole
-    if not options.with_gate:
-        compared = torch.nn.functional.normalize(triples[:, :, -2:].flatten(2), dim=-1)
+    # The paper finds the gate row better left out of the similarity.
+    compared = torch.nn.functional.normalize(triples[:, :, -2:].flatten(2), dim=-1)
     homes = torch.full(triples.shape[:2], -1)
     for host, expert in enumerate(stays):
         homes[expert] = host

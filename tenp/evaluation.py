@@ -168,20 +168,6 @@ def mask_neurons(model: PreTrainedModel, plan: Plan) -> None:
         experts.down.mul_(plan.keep[experts.layer].unsqueeze(1).to(experts.down.device))
 
 
-@torch.no_grad()
-def logit_difference(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -> float:
-    """Return the largest difference of two models' logits, as a share of the largest logit.
-
-    Args:
-        model: The model to check.
-        reference: What it should equal.
-        ids: `[B, n]` int64 token ids.
-    """
-    ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
-    theirs = reference(input_ids=ids.to(reference.device), use_cache=False).logits.float().cpu()
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 @dataclass(frozen=True)
 class Recording:
     """What a model computed for some tokens, to compare another with.

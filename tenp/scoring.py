@@ -78,9 +78,9 @@ def output_magnitude(layer: LayerStatistics) -> Tensor:
     return _per_token(layer, layer["magnitude"] * layer["down_norm"])
 
 
-def camera(layer: LayerStatistics, peak_share: float = 0.5) -> Tensor:
-    """CAMERA: |w_k|^2 ((1 - a) sum_t (g m_k)^2 + a max_t (g m_k)^2), a = 0.5."""
-    energy = (1 - peak_share) * layer["energy"] + peak_share * layer["peak"].square()
+def camera(layer: LayerStatistics) -> Tensor:
+    """CAMERA: |w_k|^2 (sum_t (g m_k)^2 / 2 + max_t (g m_k)^2 / 2)."""
+    energy = 0.5 * layer["energy"] + 0.5 * layer["peak"].square()
     return layer["down_norm"].square() * energy
 
 

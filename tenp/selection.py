@@ -34,10 +34,6 @@ class Elimination:
     order: Tensor
     costs: Tensor
 
-    def errors(self) -> Tensor:
-        """Return `[E, n + 1]`: the error after 0, 1, ... n removals."""
-        return torch.nn.functional.pad(self.costs.cumsum(dim=1), (1, 0))
-
 
 def eliminate(
     gram: Tensor,

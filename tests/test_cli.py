@@ -11,7 +11,8 @@ import torch
 
 import tenp
 from support.fixtures import EXAMPLES, Command, Tiny, files_of
-from tenp import adapter, evaluation
+from support.tiny_models import logit_difference
+from tenp import adapter
 from tenp.checkpoint import Checkpoint
 from tenp.plan import Plan
 from tenp.statistics import Statistics
@@ -229,7 +230,7 @@ def test_export_writes_a_stock_checkpoint(command: Command, tiny: Tiny, tmp_path
     assert "import tenp" not in card
     assert "need tenp" not in card
     ours, theirs = adapter.load_model(out), adapter.load_model(tiny.pruned)
-    assert evaluation.logit_difference(ours, theirs, torch.arange(3, 40)[None]) <= 1e-5
+    assert logit_difference(ours, theirs, torch.arange(3, 40)[None]) <= 1e-5
 
 
 def test_the_model_can_answer_its_prompts_first(

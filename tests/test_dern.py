@@ -233,6 +233,13 @@ def test_dern_writes_a_stock_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
         pipeline.apply(tiny.checkpoint, decided, tmp_path / "again")
 
 
+def test_settings_that_are_not_known_are_refused(tiny: Tiny, tmp_path: Path) -> None:
+    decided = pipeline.plan(tiny.statistics, Budget(0.5, "dern"))
+    decided.settings["dern"]["with_gate"] = False
+    with pytest.raises(PlanError, match=r"settings of dern that this version .*; plan again"):
+        pipeline.apply(tiny.checkpoint, decided, tmp_path / "out", statistics=tiny.statistics)
+
+
 def test_a_router_of_groups_keeps_equally_many_of_each(tmp_path: Path) -> None:
     checkpoint = Checkpoint(save_model(tmp_path / "dense", "deepseek_v3"))
     experts = adapter.find_experts(adapter.empty_model(adapter.load_config(checkpoint.directory)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from support.fixtures import Tiny
-from support.tiny_models import make_model, make_samples, token_ids
+from support.tiny_models import logit_difference, make_model, make_samples, token_ids
 from tenp import adapter, evaluation
 from tenp.errors import DataError
 from tenp.samples import Samples
@@ -96,4 +96,4 @@ def test_keeping_all_neurons_changes_no_logit(tiny: Tiny) -> None:
     masked, dense = (adapter.load_model(tiny.directory) for _ in range(2))
     keep = {layer: torch.ones_like(mask) for layer, mask in tiny.plan.keep.items()}
     evaluation.mask_neurons(masked, type(tiny.plan)(tiny.source, "", {}, keep, 1.0))
-    assert evaluation.logit_difference(masked, dense, token_ids()) == 0
+    assert logit_difference(masked, dense, token_ids()) == 0

@@ -157,3 +157,17 @@ def token_ids(tokens: int = 32, seed: int = 1) -> Tensor:
     """Return random token ids `[2, tokens]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (2, tokens), generator=generator)
+
+
+@torch.no_grad()
+def logit_difference(model: PreTrainedModel, reference: PreTrainedModel, ids: Tensor) -> float:
+    """Return the largest difference of two models' logits, as a share of the largest logit.
+
+    Args:
+        model: The model to check.
+        reference: What it should equal.
+        ids: `[B, n]` int64 token ids.
+    """
+    ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
+    theirs = reference(input_ids=ids.to(reference.device), use_cache=False).logits.float().cpu()
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
