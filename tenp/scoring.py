@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +18,20 @@ from tenp.adapter import Experts
 from tenp.errors import InvalidArgument
 from tenp.scores import Scores
 from tenp.statistics import LayerStatistics, Statistics, domain_weights_of
+
+ExpertCriterion = Literal[
+    "direction-change",
+    "frequency",
+    "gating-score",
+    "normalized-gating-score",
+    "ean",
+    "weighted-ean",
+    "reap",
+    "easy-ep",
+    "aimer",
+    "random",
+]
+NeuronCriterion = Literal["projection", "l2", "camera", "wanda", "heapr", "random"]
 
 Criterion = Callable[[LayerStatistics], Tensor]
 WeightsCriterion = Callable[[LayerStatistics, Experts], Tensor]
@@ -164,8 +179,8 @@ def score(
 
     Args:
         statistics: One calibration.
-        expert_criterion: A name of `EXPERT_CRITERIA` or `EXPERT_WEIGHTS_CRITERIA`, or `random`.
-        neuron_criterion: A name of `NEURON_CRITERIA` or `NEURON_WEIGHTS_CRITERIA`, or `random`.
+        expert_criterion: One of `ExpertCriterion`.
+        neuron_criterion: One of `NeuronCriterion`.
         domain_weights: The paper's alpha per domain name; 1 for a domain that is not named.
         seed: For `random`.
         weights: Returns a layer's experts with their weights, for the criteria that need them.
@@ -207,12 +222,14 @@ def check(expert_criterion: str, neuron_criterion: str) -> None:
     Raises:
         InvalidArgument: One is not.
     """
-    _require_known(
-        "expert_criterion", expert_criterion, [*EXPERT_CRITERIA, *EXPERT_WEIGHTS_CRITERIA]
-    )
-    _require_known(
-        "neuron_criterion", neuron_criterion, [*NEURON_CRITERIA, *NEURON_WEIGHTS_CRITERIA]
-    )
+    for argument, name, known in (
+        ("expert_criterion", expert_criterion, get_args(ExpertCriterion)),
+        ("neuron_criterion", neuron_criterion, get_args(NeuronCriterion)),
+    ):
+        if name not in known:
+            raise InvalidArgument(
+                f"score: {argument} must be one of {', '.join(known)}, got {name}"
+            )
 
 
 def combine_experts(importance: Tensor, weights: Tensor, order: int = 2) -> Tensor:
@@ -252,13 +269,6 @@ def _optional(layer: LayerStatistics, name: str, criterion: str, needs: str) -> 
             f"score: {criterion} needs statistics with {name}, got some without; calibrate with {needs}"
         )
     return layer[name]
-
-
-def _require_known(argument: str, name: str, known: list[str]) -> None:
-    if name not in [*known, "random"]:
-        raise InvalidArgument(
-            f"score: {argument} must be one of {', '.join(known)}, random, got {name}"
-        )
 
 
 def _look_up(

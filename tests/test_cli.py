@@ -259,6 +259,12 @@ def test_every_command_has_help(command: Command, name: str) -> None:
     assert "Usage: " in result.out
 
 
+def test_help_shows_the_choices_of_an_option(command: Command) -> None:
+    shown = command("prune", "--help").out
+    for choices in ("tenp|enp|best|drop|dern", "projection|l2|camera", "none|layers|experts"):
+        assert choices in shown
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -267,6 +273,7 @@ def test_every_command_has_help(command: Command, name: str) -> None:
         ("prune", "model", "--calibration", "--keep", "0.5"),
         ("prune", "model", "--keep", "much", "--calibration", "a"),
         ("prune", "model", "--keep", "0.5", "--calibration", "a", "--method", "best"),
+        ("prune", "model", "--keep", "0.5", "--calibration", "a", "--out", "x", "--method", "bets"),
         ("export", "model", "--out", "x"),
     ],
 )

@@ -3,6 +3,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -157,6 +158,13 @@ def test_pruning_collects_what_its_criterion_needs(
     kind = "neuron_criterion" if criterion in scoring.NEURON_CRITERIA else "expert_criterion"
     pruned = tenp.prune(tiny.directory, [text_file], None, tenp.Budget(0.5), **{kind: criterion})
     assert criterion in pruned.plan.settings.values()
+
+
+def test_every_criterion_has_a_function() -> None:
+    experts = {*scoring.EXPERT_CRITERIA, *scoring.EXPERT_WEIGHTS_CRITERIA, "random"}
+    neurons = {*scoring.NEURON_CRITERIA, *scoring.NEURON_WEIGHTS_CRITERIA, "random"}
+    assert experts == {*get_args(scoring.ExpertCriterion)}
+    assert neurons == {*get_args(scoring.NeuronCriterion)}
 
 
 def test_a_weight_for_an_unknown_domain_is_refused(tiny: Tiny) -> None:

@@ -19,7 +19,7 @@ def command(
     model: options.Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A file of `tenp plan`.")],
     out: options.Out,
-    weights: options.Weights = options.WeightsName.keep,
+    weights: options.Weights = "keep",
     statistics: options.StatisticsFile = None,
     verify: options.Verify = True,
     memory: options.Memory = None,

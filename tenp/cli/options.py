@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 import functools
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
 
+from tenp import allocation, planning, scoring, storage, streaming
+from tenp import dern as dern_method
 from tenp import sequential as sequential_run
-from tenp.dern import Options
 from tenp.errors import InvalidArgument
 from tenp.execution import Execution
 from tenp.memory import parse_bytes
@@ -43,98 +43,10 @@ class ManyValues(TyperCommand):
         return super().parse_args(ctx, spread)
 
 
-class MethodName(str, Enum):
-    """The values of --method."""
-
-    tenp = "tenp"
-    enp = "enp"
-    best = "best"
-    drop = "drop"
-    dern = "dern"
-
-
-class UnderCoveredName(str, Enum):
-    """The values of --under-covered."""
-
-    warn = "warn"
-    keep = "keep"
-    fail = "fail"
-
-
-class NeuronCriterionName(str, Enum):
-    """The values of --neurons."""
-
-    projection = "projection"
-    l2 = "l2"
-    camera = "camera"
-    wanda = "wanda"
-    heapr = "heapr"
-    random = "random"
-
-
-class ExpertCriterionName(str, Enum):
-    """The values of --experts."""
-
-    direction_change = "direction-change"
-    frequency = "frequency"
-    gating_score = "gating-score"
-    normalized_gating_score = "normalized-gating-score"
-    ean = "ean"
-    weighted_ean = "weighted-ean"
-    reap = "reap"
-    easy_ep = "easy-ep"
-    aimer = "aimer"
-    random = "random"
-
-
-class RepairName(str, Enum):
-    """The values of --repair."""
-
-    none = "none"
-    ls = "ls"
-
-
-class WeightsName(str, Enum):
-    """The values of --weights."""
-
-    keep = "keep"
-    int8 = "int8"
-
-
-class PoolName(str, Enum):
-    """The values of --pool."""
-
-    layer = "layer"
-    model = "model"
-
-
-class DernInitName(str, Enum):
-    """The values of --dern-init."""
-
-    max_gate = "max-gate"
-    random = "random"
-
-
-class StreamName(str, Enum):
-    """The values of --stream."""
-
-    none = "none"
-    layers = "layers"
-    experts = "experts"
-
-
-class OffloadName(str, Enum):
-    """The values of --offload."""
-
-    device = "device"
-    ram = "ram"
-    disk = "disk"
-
-
 def execution(
-    stream: StreamName | None = None,
+    stream: streaming.Stream | None = None,
     memory: str | None = None,
-    offload: OffloadName | None = None,
+    offload: storage.Offload | None = None,
     work_dir: Path | None = None,
     pruned: Path | None = None,
     sequential: bool = False,
@@ -148,9 +60,9 @@ def execution(
     if against_dense and not sequential:
         raise InvalidArgument("--against-dense needs --sequential, got it alone")
     return Execution(
-        stream.value if stream else None,
+        stream,
         parse_bytes(memory) if memory else None,
-        offload.value if offload else None,
+        offload,
         work_dir,
         pruned,
         sequential_run.Options(against_dense) if sequential else None,
@@ -187,7 +99,9 @@ def parse_shares(text: str) -> list[float]:
         raise InvalidArgument(f"--frontier must be shares like 0.9,0.8,0.7, got {text}") from None
 
 
-def dern(threshold: float, init: DernInitName, weighted: bool, seed: int) -> Options:
+def dern(
+    threshold: float, init: dern_method.Init, weighted: bool, seed: int
+) -> dern_method.Options:
     """Return the settings of DERN.
 
     Raises:
@@ -195,12 +109,12 @@ def dern(threshold: float, init: DernInitName, weighted: bool, seed: int) -> Opt
     """
     if not -1 <= threshold <= 1:
         raise InvalidArgument(f"--dern-threshold must be between -1 and 1, got {threshold}")
-    return Options(threshold=threshold, init=init.value, weighted=weighted, seed=seed)
+    return dern_method.Options(threshold=threshold, init=init, weighted=weighted, seed=seed)
 
 
-def weights(name: WeightsName) -> str | None:
+def weights(name: Literal["keep", "int8"]) -> str | None:
     """Return what the experts' weights become; None if they stay."""
-    return None if name is WeightsName.keep else name.value
+    return None if name == "keep" else name
 
 
 def _panel(title: str) -> Any:
@@ -230,7 +144,7 @@ Calibration = Annotated[
 Out = Annotated[Path, typer.Option(help="Where to write; must not exist.")]
 Keep = Annotated[float, typer.Option(help="Share of the routed experts' parameters to keep, 0..1.")]
 Method = Annotated[
-    MethodName,
+    planning.Method,
     typer.Option(
         help="tenp: important experts whole, the others narrow. enp: all equally narrow. best: neurons go by what "
         "their loss costs after repair. drop: the least important experts go. dern: they hand on neurons first."
@@ -246,9 +160,9 @@ WidthMultiple = Annotated[
     int | None,
     _trapezoid(help="Widths are multiples of this.", show_default="64, less for narrow experts"),
 ]
-Neurons = Annotated[NeuronCriterionName, _criteria(help="How neurons are scored.")]
+Neurons = Annotated[scoring.NeuronCriterion, _criteria(help="How neurons are scored.")]
 Experts = Annotated[
-    ExpertCriterionName | None,
+    scoring.ExpertCriterion | None,
     _criteria(
         help="How experts are scored.",
         show_default="direction-change; normalized-gating-score for dern",
@@ -259,11 +173,11 @@ Activated = Annotated[
     _best(help="Share of activated routed parameters to keep at most, 0..1."),
 ]
 Repair = Annotated[
-    RepairName,
+    Literal["none", "ls"],
     _criteria(help="ls: refit the down projections of what is kept. best always does."),
 ]
 Pool = Annotated[
-    PoolName,
+    allocation.Pool,
     _best(help="Where experts compete for widths; model needs --second-pass."),
 ]
 Floor = Annotated[
@@ -275,7 +189,7 @@ WorstDomain = Annotated[
     _best("--worst-domain", help="Minimise the worst domain's relative error."),
 ]
 DernThreshold = Annotated[float, _dern(help="Cosine above which a neuron is handed on.")]
-DernInit = Annotated[DernInitName, _dern(help="Where the centres start.")]
+DernInit = Annotated[dern_method.Init, _dern(help="Where the centres start.")]
 DernWeights = Annotated[
     bool,
     _dern(help="Weight neurons by the router mass that comes with them."),
@@ -300,7 +214,7 @@ DomainWeight = Annotated[
     _criteria(metavar="NAME=NUMBER", help="Weight of a domain, 1 if not given."),
 ]
 UnderCovered = Annotated[
-    UnderCoveredName,
+    planning.UnderCovered,
     _criteria(help="What to do with experts that saw fewer than 32 calibration tokens."),
 ]
 Samples = Annotated[int, _running(help="Samples per domain, chosen at random; 0 takes all.", min=0)]
@@ -326,7 +240,7 @@ SelfGenerate = Annotated[
     ),
 ]
 Stream = Annotated[
-    StreamName | None,
+    streaming.Stream | None,
     _memory(
         help="What is in memory at a time: none holds the whole model, layers one decoder layer, experts one "
         "layer without its routed experts. The result is the same.",
@@ -334,7 +248,7 @@ Stream = Annotated[
     ),
 ]
 EvaluationStream = Annotated[
-    StreamName | None,
+    streaming.Stream | None,
     _memory(
         help="What is in memory at a time: none holds the whole model and its reference, layers one decoder layer, "
         "experts one layer without its routed experts.",
@@ -349,7 +263,7 @@ Memory = Annotated[
     ),
 ]
 Offload = Annotated[
-    OffloadName | None,
+    storage.Offload | None,
     _memory(
         help="Where hidden states stay between layers when streaming: device, ram, or a file on disk.",
         show_default="ram, or disk if --memory needs it",
@@ -370,7 +284,7 @@ Pruned = Annotated[
     ),
 ]
 Weights = Annotated[
-    WeightsName,
+    Literal["keep", "int8"],
     typer.Option(
         help="keep: the experts' weights stay in their dtype. int8: 8 bits and a scale per neuron."
     ),

@@ -25,22 +25,22 @@ def command(
         typer.Option(help="Share of the routed experts' parameters to keep, 0..1."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where to write; must not exist.")] = None,
-    method: options.Method = options.MethodName.tenp,
+    method: options.Method = "tenp",
     alpha: options.Alpha = None,
     shallow: options.Shallow = 1.0,
     deep: options.Deep = 2.0,
     width_multiple: options.WidthMultiple = None,
-    neurons: options.Neurons = options.NeuronCriterionName.projection,
+    neurons: options.Neurons = "projection",
     domain_weight: options.DomainWeight = [],  # noqa: B006 - typer copies it
-    under_covered: options.UnderCovered = options.UnderCoveredName.warn,
+    under_covered: options.UnderCovered = "warn",
     experts: options.Experts = None,
     activated: options.Activated = None,
-    pool: options.Pool = options.PoolName.layer,
+    pool: options.Pool = "layer",
     floor: options.Floor = None,
-    repair: options.Repair = options.RepairName.none,
+    repair: options.Repair = "none",
     worst_domain: options.WorstDomain = False,
     dern_threshold: options.DernThreshold = 0.6,
-    dern_init: options.DernInit = options.DernInitName.max_gate,
+    dern_init: options.DernInit = "max-gate",
     dern_weights: options.DernWeights = True,
     seed: options.Seed = 0,
     model: Annotated[
@@ -74,26 +74,22 @@ def command(
                 "best",
                 width_multiple=width_multiple,
                 activated=activated,
-                pool=pool.value,
+                pool=pool,
                 floor=floor,
             )
             for share in options.parse_shares(frontier)
         ]
-        display.show_frontier(
-            pipeline.frontier(loaded, budgets, weights, under_covered.value), json
-        )
+        display.show_frontier(pipeline.frontier(loaded, budgets, weights, under_covered), json)
         return
     assert keep is not None
     decided = pipeline.plan(
         loaded,
-        Budget(
-            keep, method.value, alpha, shallow, deep, width_multiple, activated, pool.value, floor
-        ),
-        neuron_criterion=neurons.value,
+        Budget(keep, method, alpha, shallow, deep, width_multiple, activated, pool, floor),
+        neuron_criterion=neurons,
         domain_weights=weights,
-        under_covered=under_covered.value,
-        expert_criterion=None if experts is None else experts.value,
-        refit=repair is options.RepairName.ls,
+        under_covered=under_covered,
+        expert_criterion=experts,
+        refit=repair == "ls",
         worst_domain=worst_domain,
         seed=seed,
         checkpoint=None if model is None else Checkpoint.resolve(model),

@@ -20,22 +20,22 @@ def command(
     out: Annotated[
         options.Path | None, typer.Option(help="Where to write; must not exist.")
     ] = None,
-    method: options.Method = options.MethodName.tenp,
+    method: options.Method = "tenp",
     alpha: options.Alpha = None,
     shallow: options.Shallow = 1.0,
     deep: options.Deep = 2.0,
     width_multiple: options.WidthMultiple = None,
-    neurons: options.Neurons = options.NeuronCriterionName.projection,
+    neurons: options.Neurons = "projection",
     domain_weight: options.DomainWeight = [],  # noqa: B006 - typer copies it
-    under_covered: options.UnderCovered = options.UnderCoveredName.warn,
+    under_covered: options.UnderCovered = "warn",
     experts: options.Experts = None,
     activated: options.Activated = None,
-    pool: options.Pool = options.PoolName.layer,
+    pool: options.Pool = "layer",
     floor: options.Floor = None,
-    repair: options.Repair = options.RepairName.none,
+    repair: options.Repair = "none",
     worst_domain: options.WorstDomain = False,
     dern_threshold: options.DernThreshold = 0.6,
-    dern_init: options.DernInit = options.DernInitName.max_gate,
+    dern_init: options.DernInit = "max-gate",
     dern_weights: options.DernWeights = True,
     evaluate: Annotated[
         list[str],
@@ -54,16 +54,14 @@ def command(
     work_dir: options.WorkDir = None,
     sequential: options.Sequential = False,
     against_dense: options.AgainstDense = False,
-    weights: options.Weights = options.WeightsName.keep,
+    weights: options.Weights = "keep",
     verify: options.Verify = True,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Prune a checkpoint: calibrate, plan, write, verify, measure."""
-    budget = Budget(
-        keep, method.value, alpha, shallow, deep, width_multiple, activated, pool.value, floor
-    )
+    budget = Budget(keep, method, alpha, shallow, deep, width_multiple, activated, pool, floor)
     run = pipeline.Run(
         samples or None,
         max_length,
@@ -88,11 +86,11 @@ def command(
             report=report,
             verify=verify,
             weights=options.weights(weights),
-            neuron_criterion=neurons.value,
+            neuron_criterion=neurons,
             domain_weights=options.parse_weights(domain_weight),
-            under_covered=under_covered.value,
-            expert_criterion=None if experts is None else experts.value,
-            refit=repair is options.RepairName.ls,
+            under_covered=under_covered,
+            expert_criterion=experts,
+            refit=repair == "ls",
             worst_domain=worst_domain,
             seed=seed,
             dern_options=options.dern(dern_threshold, dern_init, dern_weights, seed),
