@@ -2,6 +2,7 @@
 #include "cpu/parallel.h"
 
 #include <pthread.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -68,10 +69,21 @@ class Job {
     std::int64_t error_task_ = 0;
 };
 
+/// Where the process is held to some of the machine's processors (taskset, containers), those.
+int processors() {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) {
+        return CPU_COUNT(&allowed);
+    }
+#endif
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
 int threads_from_environment() {
     const char* text = std::getenv("TENP_NUM_THREADS");
     if (text == nullptr || *text == '\0') {
-        return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+        return processors();
     }
     int threads = 0;
     const char* end = text + std::strlen(text);

@@ -7,7 +7,8 @@ from tenp import _C
 def num_threads() -> int:
     """Return the number of threads that CPU ops use.
 
-    The default is the environment variable `TENP_NUM_THREADS`, else the number of hardware threads.
+    The default is the environment variable `TENP_NUM_THREADS`, else the number of processors that
+    the process may run on.
 
     Example:
         >>> num_threads() >= 1

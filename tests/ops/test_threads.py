@@ -82,6 +82,17 @@ def test_the_environment_sets_the_default() -> None:
     assert run_python(code, {"TENP_NUM_THREADS": "5"}).stdout.strip() == "5"
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_the_default_is_what_the_process_may_run_on() -> None:
+    code = """
+import os
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+from tenp import _C
+print(_C.num_threads())
+"""
+    assert run_python(code, {"TENP_NUM_THREADS": ""}).stdout.strip() == "1"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork()")
 def test_a_forked_child_computes_the_same() -> None:
     set_num_threads(2)
