@@ -168,12 +168,12 @@ void Checks::array(
     }
 }
 
-void Checks::contiguous_along(Named array, std::size_t axis, std::size_t other_axis) const {
+void Checks::contiguous_along_second_or_third(Named array) const {
     const TensorView& view = array.view;
-    const auto is_contiguous = [&](std::size_t a) {
-        return view.stride.at(a) == 1 || view.shape.at(a) <= 1;
+    const auto is_contiguous = [&](std::size_t axis) {
+        return view.stride[axis] == 1 || view.shape[axis] <= 1;
     };
-    if (!is_contiguous(axis) && !is_contiguous(other_axis)) {
+    if (!is_contiguous(1) && !is_contiguous(2)) {
         fail(
             array.name, "contiguous along its second or third dimension",
             "strides " + shape_text({view.stride[0], view.stride[1], view.stride[2]})

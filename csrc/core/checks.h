@@ -57,8 +57,8 @@ class Checks {
         Layout layout = Layout::kContiguous
     ) const;
 
-    /// One of two dimensions of a three-dimensional array has stride 1.
-    void contiguous_along(Named array, std::size_t axis, std::size_t other_axis) const;
+    /// The second or the third dimension of a three-dimensional array has stride 1.
+    void contiguous_along_second_or_third(Named array) const;
 
     /// `written` has no element twice and shares no memory with any of `others`.
     void apart(Named written, std::initializer_list<Named> others) const;

@@ -50,7 +50,7 @@ void expert_statistics(const ExpertStatisticsArgs& args, Stream stream) {
     check.array(hidden, dtype, {tokens, hidden_size}, Layout::kRows);
     check.array(activations, dtype, {row_count, neurons}, Layout::kRows);
     check.array(down, dtype, {experts, hidden_size, neurons}, Layout::kAny);
-    check.contiguous_along(down, 1, 2);
+    check.contiguous_along_second_or_third(down);
     if (args.down_bias.data != nullptr) {
         check.array(down_bias, dtype, {experts, hidden_size});
     }

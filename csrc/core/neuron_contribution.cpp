@@ -29,7 +29,7 @@ void accumulate_neuron_contribution(const NeuronContributionArgs& args, Stream s
     check.array(activations, dtype, {rows, neurons}, Layout::kRows);
     check.array(outputs, dtype, {rows, hidden_size}, Layout::kRows);
     check.array(down, dtype, {experts, hidden_size, neurons}, Layout::kAny);
-    check.contiguous_along(down, 1, 2);
+    check.contiguous_along_second_or_third(down);
     check.array(gates, DType::kFloat32, {rows});
     check.array(offsets, DType::kInt32, {experts + 1});
     for (const Named& sum : {projection, magnitude, energy, peak}) {

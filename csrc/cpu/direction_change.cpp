@@ -9,14 +9,16 @@
 #include "cpu/scratch.h"
 
 namespace tenp::cpu {
-void add_direction_change(const DirectionChangeArgs& args, const double* changes) {
-    const auto* offsets = data<const std::int32_t>(args.offsets);
-    parallel_for(args.direction_change.shape[0], [&](std::int64_t expert) {
+
+void add_direction_change(
+    const std::int32_t* offsets, std::int64_t experts, const double* changes, double* sums
+) {
+    parallel_for(experts, [&](std::int64_t expert) {
         double sum = 0;
         for (std::int64_t row = offsets[expert]; row < offsets[expert + 1]; ++row) {
             sum += changes[row];
         }
-        data<double>(args.direction_change)[expert] += sum;
+        sums[expert] += sum;
     });
 }
 
@@ -36,7 +38,7 @@ void accumulate_direction_change(const DirectionChangeArgs& args) {
             changes[row] = gates[row] * direction_change(dots);
         });
     });
-    add_direction_change(args, changes);
+    add_direction_change(offsets, experts, changes, data<double>(args.direction_change));
 }
 
 }  // namespace tenp::cpu

@@ -191,11 +191,10 @@ void run(const ExpertStatisticsArgs& args) {
         changes[r] = facts.gates[r] * direction_change(dots);
     });
 
-    const TensorView y = contiguous_view(outputs, args.hidden.dtype, {rows, hidden_size});
     const TensorView gates = contiguous_view(facts.gates.data(), {rows});
     add_activation_stats(
         {
-            .outputs = y,
+            .outputs = {},  // not read
             .gates = gates,
             .offsets = args.offsets,
             .counts = args.counts,
@@ -206,21 +205,11 @@ void run(const ExpertStatisticsArgs& args) {
         },
         norms.data()
     );
-    add_direction_change(
-        {
-            .hidden = args.hidden,
-            .outputs = y,
-            .tokens = contiguous_view(facts.tokens.data(), {rows}),
-            .gates = gates,
-            .offsets = args.offsets,
-            .direction_change = args.direction_change,
-        },
-        changes.data()
-    );
+    add_direction_change(offsets, experts, changes.data(), data<double>(args.direction_change));
     add_neuron_contribution(
         {
             .activations = args.activations,
-            .outputs = y,
+            .outputs = contiguous_view(outputs, args.hidden.dtype, {rows, hidden_size}),
             .down = args.down,
             .gates = gates,
             .offsets = args.offsets,

@@ -55,8 +55,17 @@ inline double direction_change(const DotProducts& dots) {
 
 // The sums of three ops over rows of which that is known, at index row: |y|, or the change times
 // the gate.
+
+/// Reads no outputs.
 void add_activation_stats(const ActivationStatsArgs& args, const double* norms);
-void add_direction_change(const DirectionChangeArgs& args, const double* changes);
+
+void add_direction_change(
+    const std::int32_t* offsets,  // [E+1]
+    std::int64_t experts,
+    const double* changes,
+    double* sums  // [E], added to
+);
+
 void add_neuron_contribution(const NeuronContributionArgs& args, const double* norms);
 
 /// The larger of two values; NaN when one of them is.

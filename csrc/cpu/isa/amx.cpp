@@ -300,7 +300,7 @@ void gemm_nt(const Gemm<BFloat16>& g) {
                         .row_bytes = kTileDepth * sizeof(BFloat16),
                         .step = kTile * kTileDepth,
                     };
-                    const bool is_first = top + row == 0;
+                    const bool is_first = row == 0;
                     multiply_into<true>(g, row, column, weights, tokens, depth, k > 0, is_first);
                 }
             }
