@@ -32,10 +32,11 @@ struct ActivationStatsArgs {
 /// are on one device, and what is written shares no memory with anything else. Rows outside
 /// offsets[0]..offsets[E]-1 are never read.
 ///
-/// Devices: CPU. On a CUDA device the call is asynchronous on `stream`, never synchronises, never
-/// allocates. Sums are float64, start from zero, run in row order and are added to the caller's
-/// arrays once, so they are the same on every run and for any number of threads. NaN spreads into
-/// every sum and maximum of its expert and nowhere else.
+/// Devices: CPU and CUDA. On a CUDA device the call is asynchronous on `stream`, never
+/// synchronises, never allocates. Sums are float64, start from zero, run in an order that the rows
+/// of the expert alone decide, and are added to the caller's arrays once, so they are the same on
+/// every run and for any number of threads. NaN spreads into every sum and maximum of its expert
+/// and nowhere else.
 ///
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
 /// `offsets` decreases or leaves 0..S.

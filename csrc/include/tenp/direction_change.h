@@ -33,9 +33,10 @@ struct DirectionChangeArgs {
 /// All are on one device, and `direction_change` shares no memory with anything else. Rows outside
 /// offsets[0]..offsets[E]-1 are never read.
 ///
-/// Devices: CPU. On a CUDA device the call is asynchronous on `stream`, never synchronises, never
-/// allocates. Products and sums are float64, start from zero, run in row order and are added to the
-/// caller's array once, so they are the same on every run and for any number of threads.
+/// Devices: CPU and CUDA. On a CUDA device the call is asynchronous on `stream`, never
+/// synchronises, never allocates. Products and sums are float64, start from zero, run in an order
+/// that the rows of the expert alone decide, and are added to the caller's array once, so they are
+/// the same on every run and for any number of threads.
 ///
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
 /// `offsets` decreases or leaves 0..S, or a row in use names a token outside 0..T-1.

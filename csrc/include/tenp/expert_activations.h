@@ -42,10 +42,10 @@ struct ExpertActivationsArgs {
 /// `workspace` share no memory with anything else. Rows outside offsets[0]..offsets[E]-1 are
 /// neither read nor written.
 ///
-/// Devices: CPU. On a CUDA device the call is asynchronous on `stream`, never synchronises, never
-/// allocates. Sums are accumulated in float32 (products of float32 are exact), m is rounded once.
-/// A row's result depends on nothing but the row, so it is the same on every run. Cost: 4 H I
-/// floating-point operations a row (2 when not gated).
+/// Devices: CPU and CUDA. On a CUDA device the call is asynchronous on `stream`, never
+/// synchronises, never allocates. Sums are accumulated in float32 (products of float32 are exact),
+/// m is rounded once. A row's result depends on nothing but the row, so it is the same on every
+/// run. Cost: 4 H I floating-point operations a row (2 when not gated).
 ///
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
 /// `offsets` decreases or leaves 0..S, or a row in use names a token outside 0..T-1.

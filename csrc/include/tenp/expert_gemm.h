@@ -71,7 +71,8 @@ struct ExpertGemmArgs {
 /// (4 when not gated).
 ///
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
-/// `widths` and `neuron_offsets` contradict each other or R. Throws Unsupported for int8 on CUDA.
+/// `widths` and `neuron_offsets` contradict each other or R. Throws Unsupported on CUDA for int8
+/// and for more than 12288 experts.
 TENP_API void expert_gemm(const ExpertGemmArgs& args, Stream stream = nullptr);
 
 /// Bytes of workspace that expert_gemm() needs on any device.

@@ -55,11 +55,12 @@ struct ExpertStatisticsArgs {
 /// read. An entry of `rows` outside that range is another call's: experts may come in several
 /// calls, and if they come in ascending order `out` and the sums are the same bits as of one call.
 ///
-/// Devices: CPU. On a CUDA device the call is asynchronous on `stream`, never synchronises, never
-/// allocates; |y|^2, <x, y> and |x|^2 are taken while y is still on the chip. `out` is added up in
-/// float32, by ascending row. The sums are float64, start from zero, run in an order that the rows
-/// of the expert alone decide, and are added to the caller's arrays once. So everything is the same
-/// on every run and for any number of threads. Cost: 4 H I floating-point operations a row.
+/// Devices: CPU and CUDA. On a CUDA device the call is asynchronous on `stream`, never
+/// synchronises, never allocates; |y|^2, <x, y> and |x|^2 are taken while y is still on the chip.
+/// `out` is added up in float32, by ascending row. The sums are float64, start from zero, run in an
+/// order that the rows of the expert alone decide, and are added to the caller's arrays once. So
+/// everything is the same on every run and for any number of threads. Cost: 4 H I floating-point
+/// operations a row.
 ///
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
 /// `offsets` decreases or leaves 0..S, or a row in use names a slot outside 0..T*k-1.

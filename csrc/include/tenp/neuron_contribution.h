@@ -41,10 +41,11 @@ struct NeuronContributionArgs {
 /// 1; all other arrays are contiguous. All are on one device, and what is written shares no memory
 /// with anything else. Rows outside offsets[0]..offsets[E]-1 are never read.
 ///
-/// Devices: CPU. On a CUDA device the call is asynchronous on `stream`, never synchronises, never
-/// allocates. Inner products are accumulated in float32; sums over rows are float64, start from
-/// zero, run in row order and are added to the caller's arrays once, so they are the same on every
-/// run and for any number of threads. Cost: 2 S H I floating-point operations.
+/// Devices: CPU and CUDA. On a CUDA device the call is asynchronous on `stream`, never
+/// synchronises, never allocates. Inner products are accumulated in float32; sums over rows are
+/// float64, start from zero, run in an order that the rows of the expert alone decide, and are
+/// added to the caller's arrays once, so they are the same on every run and for any number of
+/// threads. Cost: 2 S H I floating-point operations.
 ///
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
 /// `offsets` decreases or leaves 0..S.

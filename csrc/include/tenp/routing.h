@@ -30,10 +30,11 @@ struct RoutingArgs {
 /// outputs share no memory with `expert_ids` or each other. A token may name one expert twice: that
 /// is two rows.
 ///
-/// Devices: CPU. On a CUDA device the call is asynchronous on `stream`, never synchronises, never
-/// allocates. The result is the same on every run.
+/// Devices: CPU and CUDA. On a CUDA device the call is asynchronous on `stream`, never
+/// synchronises, never allocates. The result is the same on every run.
 ///
-/// Throws InvalidArgument when an array does not fit the description above or T*k exceeds int32.
+/// Throws InvalidArgument when an array does not fit the description above or T*k exceeds int32,
+/// Unsupported for more than 12288 experts on CUDA.
 TENP_API void route(const RoutingArgs& args, Stream stream = nullptr);
 
 /// Bytes of workspace that route() needs on a CUDA device; 0 in a build without CUDA.
@@ -60,8 +61,8 @@ struct TileTableArgs {
 ///
 /// Overwrites `tiles` and `count`. All arrays are contiguous and on one device.
 ///
-/// Devices: CPU. On a CUDA device the call is asynchronous on `stream`, never synchronises, never
-/// allocates. The result is the same on every run.
+/// Devices: CPU and CUDA. On a CUDA device the call is asynchronous on `stream`, never
+/// synchronises, never allocates. The result is the same on every run.
 ///
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
 /// `offsets` decreases, a width is negative or `tiles` is too short. (tile_capacity() is enough.)

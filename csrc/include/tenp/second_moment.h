@@ -27,11 +27,12 @@ struct SecondMomentArgs {
 /// All are on one device, and `second_moment` shares no memory with anything else. Rows outside
 /// offsets[0]..offsets[E]-1 are never read.
 ///
-/// Devices: CPU, where g m and the sums are float64. On a CUDA device the call is asynchronous on
-/// `stream`, never synchronises, never allocates; g m is rounded to float32, and so are sums of up
-/// to 64 rows, which are then added up in float64. Sums start from zero, run in row order and are
-/// added to the caller's array once, so they are the same on every run and for any number of
-/// threads. Cost: n^2 floating-point operations a row, half of what the full matrix would take.
+/// Devices: CPU and CUDA. On the CPU g m and the sums are float64; on a CUDA device the call is
+/// asynchronous on `stream`, never synchronises, never allocates; g m is rounded to float32, and so
+/// are sums of up to 64 rows, which are then added up in float64. Sums start from zero, run in row
+/// order and are added to the caller's array once, so they are the same on every run and for any
+/// number of threads. Cost: n^2 floating-point operations a row, half of what the full matrix would
+/// take.
 ///
 /// Throws InvalidArgument when an array does not fit the description above; on the CPU also when
 /// `offsets` decreases or leaves 0..S.
