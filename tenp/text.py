@@ -109,17 +109,15 @@ def _checked(record: Any, where: str) -> Record:
     field = next((field for field in FIELDS if field in record), None)
     if field is None:
         raise DataError(f"{where} must have one of {', '.join(FIELDS)}, got {list(record)}")
-    if field == "messages":
-        turns = record["messages"]
-        if not isinstance(turns, list) or not turns or not all(map(_is_turn, turns)):
-            raise DataError(f"{where}: messages must be a list of turns with role and content")
-        return record
-    for key in ("prompt", "response") if field == "prompt" else ("text",):
+    for key in ("prompt", "response") if field == "prompt" else (field,):
         value = record.get(key, "")
-        if not isinstance(value, str):
+        if key == "messages":
+            if not isinstance(value, list) or not value or not all(map(_is_turn, value)):
+                raise DataError(f"{where}: messages must be a list of turns with role and content")
+        elif not isinstance(value, str):
             raise DataError(f"{where}: {key} must be a string, got {type(value).__name__}")
         try:
-            value.encode()
+            json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError:  # JSON can spell it, tokenizers cannot read it
             raise DataError(
                 f"{where}: {key} must be Unicode text, got half of a surrogate pair"

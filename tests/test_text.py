@@ -104,6 +104,7 @@ def test_no_domain_is_refused() -> None:
         ("a.jsonl", b'{"messages": ["a"]}', "line 1: messages must be a list of turns"),
         ("a.jsonl", b'{"messages": [{"content": "a"}]}', "line 1: messages must be a list of turns"),
         ("a.jsonl", rb'{"text": "\ud800"}', "line 1: text must be Unicode"),
+        ("a.jsonl", rb'{"messages": [{"role": "user", "content": "\ud800"}]}', "line 1: messages must be Unicode"),
         ("a.txt.gz", b"not gzip", r"a\.txt\.gz cannot be read: Not a gzipped file"),
         ("a.txt.gz", _gzipped(b"x" * 1000)[:-9], r"a\.txt\.gz cannot be read"),
         ("a.txt.gz", _gzipped(b"xy" * 1000)[:12] + b"\xff" * 40, r"a\.txt\.gz cannot be read"),
