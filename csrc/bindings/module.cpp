@@ -45,6 +45,7 @@ tenp::Activation activation_of(const std::string& op, const std::string& name) {
     );
 }
 
+/// Of `hidden`, which decides how large an op's workspace is.
 tenp::DType float_dtype_of(const std::string& op, const std::string& name) {
     for (const auto dtype :
          {tenp::DType::kFloat32, tenp::DType::kBFloat16, tenp::DType::kFloat16}) {
@@ -52,9 +53,7 @@ tenp::DType float_dtype_of(const std::string& op, const std::string& name) {
             return dtype;
         }
     }
-    throw tenp::InvalidArgument(
-        op + ": dtype must be float32, bfloat16 or float16, got '" + name + "'"
-    );
+    throw tenp::InvalidArgument(op + ": hidden must be float32, bfloat16 or float16, got " + name);
 }
 
 // ---- one function per op ----------------------------------------------------------------------
@@ -451,8 +450,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         [](std::int64_t rows, std::int64_t experts, std::int64_t hidden_size, std::int64_t neurons,
            const std::string& dtype) {
             return tenp::expert_statistics_workspace_bytes(
-                rows, experts, hidden_size, neurons,
-                float_dtype_of("expert_statistics_workspace_bytes", dtype)
+                rows, experts, hidden_size, neurons, float_dtype_of("expert_statistics", dtype)
             );
         },
         arg("rows"), arg("experts"), arg("hidden_size"), arg("neurons"), arg("dtype")
@@ -491,7 +489,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            std::int64_t num_experts, std::int64_t max_width, const std::string& dtype) {
             return tenp::expert_gemm_workspace_bytes(
                 tokens, experts_per_token, hidden_size, num_experts, max_width,
-                float_dtype_of("expert_gemm_workspace_bytes", dtype)
+                float_dtype_of("expert_gemm", dtype)
             );
         },
         arg("tokens"), arg("experts_per_token"), arg("hidden_size"), arg("num_experts"),

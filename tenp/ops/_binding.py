@@ -72,6 +72,14 @@ def call(native: Callable[..., None], device: torch.device, **arguments: Any) ->
         native(**borrowed)
 
 
+def extent(tensor: Tensor, axis: int) -> int:
+    """Return `tensor.shape[axis]` for the size of what is allocated, or 0 if it has no such axis.
+
+    A tensor of the wrong rank is refused by name, by the native side, which is called afterwards.
+    """
+    return tensor.shape[axis] if -tensor.dim() <= axis < tensor.dim() else 0
+
+
 def cuda_workspace(op: str, device: torch.device, *sizes: int) -> dict[str, Tensor]:
     """Return the argument `workspace` of an op that needs one on CUDA alone.
 
@@ -84,7 +92,7 @@ def cuda_workspace(op: str, device: torch.device, *sizes: int) -> dict[str, Tens
 
 
 def as_expert_ids(expert_ids: Tensor, num_experts: int) -> Tensor:
-    """Return integer ids of any width and strides as contiguous int32; the op's small input.
+    """Return ids of int8 to int64 or uint8 and any strides as contiguous int32; the op's small input.
 
     int64 ids are clamped before they are narrowed: 2**32 + 1 would otherwise come out as expert 1.
     Other dtypes pass through, for the native side to refuse by name.

@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from tenp import _C
-from tenp.ops._binding import as_gates, call, cuda_workspace, register
+from tenp.ops._binding import as_gates, call, cuda_workspace, extent, register
 
 
 def accumulate_activation_stats(
@@ -80,7 +80,7 @@ def _accumulate(
         norm_sum=norm_sum,
         gated_norm_sum=gated_norm_sum,
         norm_max=norm_max,
-        **cuda_workspace("activation_stats", outputs.device, len(outputs), len(counts)),
+        **cuda_workspace("activation_stats", outputs.device, extent(outputs, 0), extent(counts, 0)),
     )
 
 

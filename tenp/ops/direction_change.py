@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from tenp import _C
-from tenp.ops._binding import as_gates, call, cuda_workspace, register
+from tenp.ops._binding import as_gates, call, cuda_workspace, extent, register
 
 
 def accumulate_direction_change(
@@ -74,7 +74,9 @@ def _accumulate(
         gates=as_gates(gates),
         offsets=offsets,
         direction_change=direction_change,
-        **cuda_workspace("direction_change", outputs.device, len(outputs), len(direction_change)),
+        **cuda_workspace(
+            "direction_change", outputs.device, extent(outputs, 0), extent(direction_change, 0)
+        ),
     )
 
 

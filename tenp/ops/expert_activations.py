@@ -4,7 +4,7 @@
 from torch import Tensor
 
 from tenp import _C
-from tenp.ops._binding import call, cuda_workspace, register
+from tenp.ops._binding import call, cuda_workspace, extent, register
 
 
 def expert_activations(
@@ -100,7 +100,7 @@ def _expert_activations(
         limit=limit,
         alpha=alpha,
         **cuda_workspace(
-            "expert_activations", hidden.device, len(slots), up.shape[0], up.shape[-2]
+            "expert_activations", hidden.device, extent(slots, 0), extent(up, 0), extent(up, -2)
         ),
     )
     return activations
@@ -114,7 +114,7 @@ def _fake(
     up: Tensor,
     *arguments: object,
 ) -> Tensor:
-    return hidden.new_empty((slots.shape[0], up.shape[-2]))
+    return hidden.new_empty((extent(slots, 0), extent(up, -2)))
 
 
 _EXPERT_ACTIVATIONS = register(

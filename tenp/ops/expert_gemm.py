@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tenp import _C
-from tenp.ops._binding import as_expert_ids, as_gates, call, register, register_gradient
+from tenp.ops._binding import as_expert_ids, as_gates, call, extent, register, register_gradient
 from tenp.ops.expert_gemm_backward import backward, keep_arguments
 
 
@@ -39,7 +39,7 @@ def expert_gemm(
 
     Args:
         hidden: `[T, H]`, float32, bfloat16 or float16, rows of any stride. x.
-        expert_ids: `[T, k]`, any integer dtype. An id outside `0..E-1` names no expert.
+        expert_ids: `[T, k]`, int8 to int64 or uint8. An id outside `0..E-1` names no expert.
         gates: `[T, k]`, floating point. g.
         gate_up: `[2R, H]`, dtype of `hidden` or int8. Gate rows, then up rows, packed by
             `expert_layout.pack`; `[R, H]` without a gate.
@@ -68,7 +68,7 @@ def expert_gemm(
     Raises:
         InvalidArgument: A shape, dtype, device or name that does not fit.
         Unsupported: In backward, when the gradient itself is to be differentiated, or the weights are
-            int8. Int8 weights on CUDA.
+            int8. On CUDA, int8 weights and more than 12288 experts.
 
     Note:
         6 S H W FLOPs for S rows of width W. Accumulated in float32; rounded to the dtype twice: m
@@ -168,13 +168,13 @@ def _expert_gemm(
     max_width: int | None,
     allow_tf32: bool,
 ) -> Tensor:
-    num_experts = widths.shape[0]
+    num_experts = extent(widths, 0)
     if max_width is None:
         max_width = int(widths.max()) if num_experts else 0
     num_bytes = _C.expert_gemm_workspace_bytes(
-        hidden.shape[0],
-        expert_ids.shape[-1],
-        hidden.shape[-1],
+        extent(hidden, 0),
+        extent(expert_ids, -1),
+        extent(hidden, -1),
         num_experts,
         max_width,
         str(hidden.dtype).removeprefix("torch."),

@@ -14,6 +14,8 @@ from torch import Tensor
 from tenp import _C
 from tenp.errors import InvalidArgument
 
+_INT32_MAX = 2**31 - 1
+
 
 def neuron_offsets(widths: Sequence[int]) -> list[int]:
     """Return the first packed row of every expert, and R, the number of rows, at the end.
@@ -31,6 +33,11 @@ def neuron_offsets(widths: Sequence[int]) -> list[int]:
         >>> neuron_offsets([16, 0, 17])
         [0, 16, 16, 48]
     """
+    for width in widths:
+        if abs(width) > _INT32_MAX:
+            raise InvalidArgument(
+                f"expert_layout: widths must be within 0..{_INT32_MAX}, got {width}"
+            )
     return _C.expert_layout(list(widths))
 
 

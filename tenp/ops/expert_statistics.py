@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tenp import _C
-from tenp.ops._binding import as_gates, call, register
+from tenp.ops._binding import as_gates, call, extent, register
 
 
 def expert_statistics(
@@ -126,10 +126,10 @@ def _expert_statistics(
     peak: Tensor,
 ) -> None:
     num_bytes = _C.expert_statistics_workspace_bytes(
-        len(slots),
-        down.shape[0],
-        hidden.shape[-1],
-        activations.shape[-1],
+        extent(slots, 0),
+        extent(down, 0),
+        extent(hidden, -1),
+        extent(activations, -1),
         str(hidden.dtype).removeprefix("torch."),
     )
     call(

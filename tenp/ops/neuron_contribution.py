@@ -8,7 +8,7 @@ block, which gives the same number with one more GEMM and no such tensor.
 from torch import Tensor
 
 from tenp import _C
-from tenp.ops._binding import as_gates, call, cuda_workspace, register
+from tenp.ops._binding import as_gates, call, cuda_workspace, extent, register
 
 
 def accumulate_neuron_contribution(
@@ -96,7 +96,11 @@ def _accumulate(
         energy=energy,
         peak=peak,
         **cuda_workspace(
-            "neuron_contribution", outputs.device, len(outputs), down.shape[0], down.shape[-1]
+            "neuron_contribution",
+            outputs.device,
+            extent(outputs, 0),
+            extent(down, 0),
+            extent(down, -1),
         ),
     )
 

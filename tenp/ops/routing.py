@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tenp import _C
-from tenp.ops._binding import as_expert_ids, call, cuda_workspace, register
+from tenp.ops._binding import as_expert_ids, call, cuda_workspace, extent, register
 
 
 class Routing(NamedTuple):
@@ -30,7 +30,7 @@ def route(expert_ids: Tensor, num_experts: int) -> Routing:
     """Order the (token, expert) pairs by expert, then token, then slot.
 
     Args:
-        expert_ids: `[T, k]`, any integer dtype. Experts of each token; an id outside
+        expert_ids: `[T, k]`, int8 to int64 or uint8. Experts of each token; an id outside
             `0..num_experts-1` names no expert.
         num_experts: E.
 
@@ -38,7 +38,8 @@ def route(expert_ids: Tensor, num_experts: int) -> Routing:
         `Routing`, three new int32 tensors on the device of `expert_ids`.
 
     Raises:
-        InvalidArgument: `expert_ids` is not a matrix of integers.
+        InvalidArgument: `expert_ids` is not a matrix of these integers.
+        Unsupported: More than 12288 experts on CUDA.
 
     Note:
         A counting sort: O(T k + E) time, no synchronisation. The result is the same in every run.
@@ -127,10 +128,10 @@ def _tile_table(
     max_width: int | None,
 ) -> Tensor:
     if rows is None:
-        rows = int(offsets[-1])
+        rows = int(offsets[-1]) if extent(offsets, 0) else 0
     if max_width is None:
         max_width = int(widths.max()) if widths.numel() else 0
-    capacity = _C.tile_capacity(rows, widths.shape[0], max_width, tile_rows, tile_neurons)
+    capacity = _C.tile_capacity(rows, extent(widths, 0), max_width, tile_rows, tile_neurons)
     tiles = offsets.new_empty((capacity, 4), dtype=torch.int32)
     call(
         _C.tile_table,

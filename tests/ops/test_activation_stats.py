@@ -154,6 +154,7 @@ def test_gates_of_another_float_dtype_are_taken(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
+        pytest.param("outputs", torch.tensor(1.0), id="scalar"),
         pytest.param("outputs", torch.zeros(66), id="rank"),
         pytest.param("outputs", torch.zeros(66, 48, dtype=torch.float64), id="dtype"),
         pytest.param("gates", torch.zeros(65), id="length"),

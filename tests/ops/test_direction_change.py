@@ -163,6 +163,7 @@ def test_nothing_outside_the_sums_is_written(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
+        pytest.param("outputs", torch.tensor(1.0), id="scalar"),
         pytest.param("outputs", torch.zeros(66, 48, dtype=torch.bfloat16), id="outputs-dtype"),
         pytest.param("outputs", torch.zeros(66, 47), id="outputs-shape"),
         pytest.param("tokens", torch.zeros(66, dtype=torch.int64), id="tokens-dtype"),

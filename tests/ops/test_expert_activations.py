@@ -110,6 +110,7 @@ def test_what_does_not_fit_is_refused_by_name(device: torch.device) -> None:
         with pytest.raises(InvalidArgument, match=message):
             expert_activations(**{**arguments, **changes})
 
+    refused("^expert_activations: up must be 3-dimensional, got 0", up=inputs.up[0, 0, 0])
     refused("gate must be strided like up", gate=inputs.up.repeat(1, 1, 2)[:, :, :48])
     refused(r"up must be contiguous along its last dimension", up=inputs.up.mT.contiguous().mT)
     refused("up_bias must be bfloat16|up_bias must be float32", up_bias=inputs.up.double()[:, :, 0])

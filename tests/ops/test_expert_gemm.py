@@ -569,10 +569,15 @@ def test_the_workspace_is_kept_and_only_grows() -> None:
         ),
         pytest.param({"down_bias": torch.zeros(9, 47)}, "down_bias must be", id="down-bias"),
         pytest.param({"gate_up_bias": torch.zeros(3)}, "gate_up_bias must be", id="gate-up-bias"),
-        pytest.param({"hidden": torch.zeros(33, 48).double()}, "dtype must be", id="dtype"),
+        pytest.param(
+            {"hidden": torch.zeros(33, 48).double()}, "hidden must be float32", id="dtype"
+        ),
+        pytest.param({"hidden": torch.tensor(1.0)}, "hidden must be 2-dim", id="hidden-rank"),
+        pytest.param({"expert_ids": torch.tensor(1)}, "expert_ids must be 2-dim", id="ids-rank"),
+        pytest.param({"widths": torch.tensor(1)}, "widths must be 1-dim", id="widths-rank"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], message: str) -> None:
     inputs = make_expert_gemm(ExpertGemmCase())
-    with pytest.raises(InvalidArgument, match=message):
+    with pytest.raises(InvalidArgument, match=f"^expert_gemm: ({message})"):
         expert_gemm(**{**inputs.arguments(), **change})

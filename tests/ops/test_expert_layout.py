@@ -37,9 +37,10 @@ def test_every_expert_is_padded_to_sixteen_rows(widths: list[int]) -> None:
         assert after - first == -(-width // 16) * 16
 
 
-def test_a_negative_width_is_refused() -> None:
-    with pytest.raises(InvalidArgument, match="must be"):
-        neuron_offsets([16, -1])
+@pytest.mark.parametrize("width", [-1, -(2**40), 2**31 - 1, 2**31, 2**70])
+def test_widths_outside_int32_are_refused(width: int) -> None:
+    with pytest.raises(InvalidArgument, match="expert_layout: widths must be"):
+        neuron_offsets([16, width])
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)

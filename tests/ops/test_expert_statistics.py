@@ -176,6 +176,8 @@ def test_what_does_not_fit_is_refused_by_name(device: torch.device) -> None:
         with pytest.raises(InvalidArgument, match=message):
             expert_statistics(**{**arguments, **changes})
 
+    refused("^expert_statistics: hidden must be float32", hidden=inputs.hidden.double())
+    refused("^expert_statistics: down must be 3-dimensional, got 0", down=inputs.down[0, 0, 0])
     refused("out must be float32", out=arguments["out"].double())
     refused("down must be contiguous along", down=inputs.down.repeat(1, 2, 2)[:, ::2, ::2])
     refused("input_energy must be", input_energy=arguments["input_energy"][:, :-1])

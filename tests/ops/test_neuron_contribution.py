@@ -268,6 +268,7 @@ def test_nothing_outside_the_sums_is_written(device: torch.device) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
+        pytest.param("outputs", torch.tensor(1.0), id="scalar"),
         pytest.param("activations", torch.zeros(66, 31), id="activations-shape"),
         pytest.param("outputs", torch.zeros(66, 48, dtype=torch.float16), id="outputs-dtype"),
         pytest.param("down", torch.zeros(6, 48, 32).half(), id="down-dtype"),

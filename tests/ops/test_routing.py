@@ -132,6 +132,7 @@ def test_nothing_outside_the_outputs_is_written(device: torch.device) -> None:
     ("expert_ids", "message"),
     [
         pytest.param(torch.zeros(3, dtype=torch.int32), "expert_ids must be", id="rank"),
+        pytest.param(torch.tensor(3), "expert_ids must be 2-dimensional, got 0", id="scalar"),
         pytest.param(torch.zeros(3, 2), "expert_ids must be", id="dtype"),
     ],
 )
@@ -208,6 +209,14 @@ def test_tiles_cover_every_row_and_neuron_once(
         covered[first_row : first_row + num_rows, first_neuron:last_neuron] += 1
     row_widths = widths_tensor.repeat_interleave(torch.tensor(rows))
     assert torch.equal(covered, (torch.arange(70) < row_widths[:, None]).int())
+
+
+def test_a_scalar_is_no_widths_and_no_offsets() -> None:
+    offsets, widths = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([4], dtype=torch.int32)
+    with pytest.raises(InvalidArgument, match="tile_table: widths must be"):
+        tile_table(offsets, widths[0], 16, 16)
+    with pytest.raises(InvalidArgument, match="tile_table: offsets must be"):
+        tile_table(offsets[0], widths, 16, 16)
 
 
 def test_a_tile_of_no_size_is_refused() -> None:
