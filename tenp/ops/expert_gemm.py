@@ -38,7 +38,8 @@ def expert_gemm(
     (notation of TENP: He, Zhu, Xiong, Findings of ACL 2026, arXiv 2606.09885).
 
     Args:
-        hidden: `[T, H]`, float32, bfloat16 or float16, rows of any stride. x.
+        hidden: `[T, H]`, float32, bfloat16 or float16, rows of any stride. x. Inside `torch.autocast`
+            it is converted to the dtype of the weights, as in the experts of transformers.
         expert_ids: `[T, k]`, int8 to int64 or uint8. An id outside `0..E-1` names no expert.
         gates: `[T, k]`, floating point. g.
         gate_up: `[2R, H]`, dtype of `hidden` or int8. Gate rows, then up rows, packed by
@@ -98,6 +99,10 @@ def expert_gemm(
         >>> out.tolist()  # 0.5 * (2 neurons of relu(3) * 3), and nothing
         [[9.0, 9.0, 9.0], [0.0, 0.0, 0.0]]
     """
+    dtype = hidden.dtype
+    of_weights = (gate_up if gate_up_scale is None else gate_up_scale).dtype
+    if dtype != of_weights and torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(of_weights)
     arguments = (
         hidden,
         expert_ids,
@@ -120,12 +125,12 @@ def expert_gemm(
     out: Tensor
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         out = _EXPERT_GEMM(*arguments)
-        return out
-    # torch's way through a gradient written in Python costs as much as the rest of a small call,
-    # even when nothing is differentiated.
-    with torch._C._AutoDispatchBelowAutograd():
-        out = _EXPERT_GEMM(*arguments)
-    return out
+    else:
+        # torch's way through a gradient written in Python costs as much as the rest of a small
+        # call, even when nothing is differentiated.
+        with torch._C._AutoDispatchBelowAutograd():
+            out = _EXPERT_GEMM(*arguments)
+    return out.to(dtype)
 
 
 class _Workspaces(threading.local):

@@ -18,7 +18,13 @@ from tenp.ops.reference import activate
 from tenp.ops.routing import route
 
 
-def _expert_gemm_backward(
+def _expert_gemm_backward(of_out: Tensor, hidden: Tensor, *arguments: Any) -> list[Tensor]:
+    # Inside torch.autocast the products below would be rounded.
+    with torch.autocast(hidden.device.type, enabled=False):
+        return _gradients(of_out, hidden, *arguments)
+
+
+def _gradients(
     of_out: Tensor,
     hidden: Tensor,
     expert_ids: Tensor,

@@ -551,6 +551,24 @@ def test_the_workspace_is_kept_and_only_grows() -> None:
     assert _cpu_workspaces.buffer.data_ptr() == kept
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_inside_autocast_hidden_states_get_the_dtype_of_the_weights(
+    dtype: torch.dtype, compiled: bool, device: torch.device
+) -> None:
+    arguments = make_expert_gemm(ExpertGemmCase(dtype=dtype)).to(device).arguments()
+    expected = expert_gemm(**arguments)
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    hidden = arguments["hidden"].to(other)
+    if dtype == torch.float32:
+        expected = expert_gemm(**{**arguments, "hidden": hidden.float()})
+    op = torch.compile(expert_gemm, backend="eager", fullgraph=True) if compiled else expert_gemm
+    with torch.autocast(device.type, torch.bfloat16):
+        out = op(**{**arguments, "hidden": hidden})
+    assert out.dtype == other
+    assert torch.equal(out, expected.to(other))
+
+
 # ---------------------------------------------------------------------------------------- errors
 
 

@@ -151,6 +151,16 @@ def test_it_compiles_with_its_gradient_into_one_graph(device: torch.device) -> N
         assert torch.equal(found, eager)
 
 
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_it_is_the_same_inside_autocast(dtype: torch.dtype, device: torch.device) -> None:
+    inputs = make_expert_gemm(replace(ALL_ARGUMENTS, dtype=dtype))
+    expected = through_the_op(inputs, device)
+    with torch.autocast(device.type, torch.bfloat16):
+        found = through_the_op(inputs, device)
+    for name, gradient in expected.items():
+        assert torch.equal(found[name], gradient), name
+
+
 def test_a_second_derivative_is_refused(device: torch.device) -> None:
     inputs = make_expert_gemm(ExpertGemmCase()).to(device)
     inputs.hidden.requires_grad_()
