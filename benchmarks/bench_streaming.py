@@ -16,10 +16,8 @@ memory.
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -33,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import machine
 from transformers import AutoConfig
 
-import tenp
 from tenp import adapter, execution, pruning, scoring, verification
 from tenp.checkpoint import INDEX_FILE, Checkpoint, ShardWriter
 from tenp.distributed import Group
@@ -132,7 +130,6 @@ def run(root: Path, options: argparse.Namespace) -> int:
     memory = parse_bytes(options.memory)
     how = Execution(options.stream, memory, work_dir=root / "work")
     checkpoint = Checkpoint(root / "dense")
-    reader = Reader(checkpoint)
     source = pruning.source_of(checkpoint)
     generator = torch.Generator().manual_seed(0)
     vocabulary = checkpoint.config["vocab_size"]
@@ -140,7 +137,7 @@ def run(root: Path, options: argparse.Namespace) -> int:
     samples = [Samples("random", tuple(ids))]
     phases = Phases()
     forecast: list[str] = []
-    commit = _commit()
+    environment = machine()
 
     with phases("calibrate", root / "calibrate.json") as phase, how.work(Group()) as work:
 
@@ -180,7 +177,6 @@ def run(root: Path, options: argparse.Namespace) -> int:
         phase["bytes"] = checkpoint.bytes + decided.total_bytes()
         phase["until"] = begun[0]
     plain_copies += copy_rates(shards[0], root / "copy")
-    reader.close()
     record = {
         "shapes": options.shapes,
         "layers": checkpoint.config["num_hidden_layers"],
@@ -194,12 +190,7 @@ def run(root: Path, options: argparse.Namespace) -> int:
         "kept_share": decided.static_share(),
         "phases": [measured(p) for p in sorted(phases.done, key=lambda phase: phase["begin"])],
         "plain_copy_bytes_per_second": plain_copies,
-        "threads": options.threads,
-        "machine": f"{_cpu_model()}, {os.cpu_count()} cores",
-        "tenp": tenp.__version__,
-        "commit": commit,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        "machine": environment,
         "note": options.note,
     }
     print(f"{'phase':<10} {'seconds':>9} {'GB':>7} {'GB/s':>6} {'peak GiB':>9}")
@@ -231,7 +222,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str, kept: Path | None = None) -> Iterator[dict[str, Any]]:
-        """Measure a phase; `kept` is what `keep` wrote in runs that were stopped in it."""
+        """Measure a phase; `kept` is what `LayerLog` wrote in runs that were stopped in it."""
         before = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
         phase: dict[str, Any] = {
             "phase": name,
@@ -369,25 +360,6 @@ def tensor_shapes(config: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
                     ("down", (hidden, width)),
                 ):
                     yield f"{module}.{expert}.{part}_proj.weight", shape
-
-
-@functools.cache
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _commit() -> str:
-    result = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    return result.stdout.strip()
 
 
 if __name__ == "__main__":
