@@ -21,6 +21,7 @@ from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError, PlanError, Unsupported
 from tenp.model_card import model_card
 from tenp.plan import Plan
+from tenp.refitting import reader_of_layers
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,6 @@ def _verify(
     written: Path, plan: Plan, checkpoint: Checkpoint, rebuilt: _Cache | None, streamed: bool
 ) -> None:
     """Load with stock transformers, or read layer by layer; every expert must be the one planned."""
-    from tenp.refitting import reader_of_layers
-
     assert plan.experts is not None
     if streamed:
         read_written = reader_of_layers(Checkpoint(written))

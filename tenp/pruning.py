@@ -102,8 +102,8 @@ def apply(
     tensors = _expert_tensors(checkpoint, model)
     _check_fit(plan, list(experts.values()))
     uniform = plan.uniform_width()
-    stock = uniform and int8 is None  # transformers knows no int8 experts
-    fields = adapter.config_of_width(config, uniform) if uniform and stock else None
+    # transformers knows no int8 experts.
+    fields = adapter.config_of_width(config, uniform) if uniform and int8 is None else None
     if fields is not None:
         new_config = _with_fields(checkpoint.config, fields)
     else:
