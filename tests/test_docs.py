@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import glob
+import inspect
+import json
+import operator
 import re
 import shlex
 import shutil
@@ -14,6 +17,7 @@ from typing import Any
 import pytest
 import typer
 
+import tenp
 from support.fixtures import Command, Tiny
 from tenp.cli import app
 
@@ -115,6 +119,50 @@ def test_python_runs(page: Path, checkout: None) -> None:
     for line, source in blocks(page, "python"):
         # Blank lines in front, so that a traceback names the line of the page.
         exec(compile("\n" * (line - 1) + source, page, "exec"), namespace)
+
+
+API = ROOT / "docs/python.md"
+
+
+def documented_calls() -> list[tuple[str, list[str]]]:
+    """The functions of tenp and tenp.ops that the page shows with their arguments, but for `name(…)`."""
+    spans = re.findall(r"`(?:tenp\.)?([\w.]+)\((?!…)([^`]*)\)`", prose(API))
+    return [
+        (name, arguments.split(", ") if arguments else [])
+        for name, arguments in spans
+        if hasattr(tenp, name.partition(".")[0]) or hasattr(tenp.ops, name)
+    ]
+
+
+def written(parameter: inspect.Parameter) -> str:
+    default = parameter.default
+    if parameter.kind is parameter.VAR_KEYWORD:
+        return f"**{parameter.name}"
+    if default is parameter.empty:
+        return parameter.name
+    value = json.dumps(default) if isinstance(default, str) else repr(default)
+    return f"{parameter.name}={value}"
+
+
+@pytest.mark.parametrize(("name", "arguments"), documented_calls())
+def test_functions_take_what_the_page_says(name: str, arguments: list[str]) -> None:
+    place = tenp if hasattr(tenp, name.partition(".")[0]) else tenp.ops
+    signature = inspect.signature(operator.attrgetter(name)(place))
+    expected = [written(parameter) for parameter in signature.parameters.values()]
+    if arguments[-1:] == ["…"]:  # and more
+        expected = [*expected[: len(arguments) - 1], "…"]
+    assert arguments == expected
+
+
+@pytest.mark.parametrize("kind", [tenp.Budget, tenp.Run, tenp.Pruned])
+def test_the_page_names_every_field(kind: type) -> None:
+    paragraphs = (text for text in prose(API).split("\n\n") if f"`{kind.__name__}`" in text)
+    text = next(text for text in paragraphs if not text.startswith("|"))
+    shown = {span.partition("=")[0]: span for span in re.findall(r"`([^`]*)`", text)}
+    for parameter in inspect.signature(kind).parameters.values():
+        assert parameter.name in shown
+        if "=" in shown[parameter.name]:
+            assert shown[parameter.name] == written(parameter)
 
 
 # ---- commands ----
