@@ -2,6 +2,7 @@
 """Who may import whom: the contracts of pyproject.toml, and what import-linter cannot see."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -51,3 +52,19 @@ def test_the_layers_hold() -> None:
         text=True,
     )
     assert result.returncode == 0, result.stdout
+
+
+def test_the_layers_are_those_of_the_documentation() -> None:
+    root = PACKAGE.parent
+    contract = re.search(
+        r"^layers = \[\n(.*?)^\]", (root / "pyproject.toml").read_text(), re.M | re.S
+    )
+    page = re.search(
+        r"^```\n(lm_eval\n.*?)^```", (root / "docs/architecture.md").read_text(), re.M | re.S
+    )
+    assert contract is not None and page is not None
+    stated, shown = (
+        [set(re.findall(r"\w+", line)) for line in text[1].splitlines()]
+        for text in (contract, page)
+    )
+    assert shown == stated[1:]  # without __main__
