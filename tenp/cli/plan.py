@@ -57,7 +57,7 @@ def command(
     dry_run: options.DryRun = False,
     json: options.Json = False,
 ) -> None:
-    """Decide which neurons are kept. Takes milliseconds; one calibration serves every budget."""
+    """Decide which neurons are kept. Reads no text; one calibration serves every budget."""
     if keep is None and frontier is None:
         raise typer.BadParameter("--keep is needed unless --frontier is given")
     if out is None and not dry_run and frontier is None:
