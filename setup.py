@@ -29,7 +29,8 @@ def cuda_definitions() -> dict[str, str]:
     """
     if any(argument.startswith("-DTENP_BUILD_CUDA") for argument in CMAKE_ARGS):
         return {}
-    if Path("/dev/nvidia0").exists():
+    # Containers may see the second GPU alone, and Linux in Windows sees GPUs as /dev/dxg.
+    if any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists():
         return {"CMAKE_CUDA_ARCHITECTURES": "native"}
     return {"TENP_BUILD_CUDA": "OFF"}
 
@@ -57,7 +58,8 @@ class CMakeBuild(build_ext):
             **cuda_definitions(),
         }
         configure = [CMAKE, "-S", str(ROOT), "-B", str(build), "-G", "Ninja"]
-        configure += ["-UTENP_*", "-UCMAKE_CUDA_ARCHITECTURES"]  # left over from an earlier build
+        # Left over from an earlier build, which may have looked for a CUDA compiler in vain.
+        configure += ["-UTENP_*", "-UCMAKE_CUDA_ARCHITECTURES", "-UCMAKE_CUDA_COMPILER"]
         configure += [f"-D{name}={value}" for name, value in definitions.items()]
         configure += CMAKE_ARGS
         install = [CMAKE, "--install", str(build), "--prefix", str(package)]

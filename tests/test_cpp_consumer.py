@@ -36,7 +36,7 @@ pytestmark = [
 
 
 def run(*command: object) -> str:
-    """Run a command and return what it prints; show its output when it fails."""
+    """Run a command and return what it prints, errors last; show its output when it fails."""
     environment = {"CMAKE_BUILD_PARALLEL_LEVEL": "2", **os.environ}
     done = subprocess.run(
         [str(part) for part in command],
@@ -46,7 +46,7 @@ def run(*command: object) -> str:
         env=environment,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done.stdout + done.stderr
 
 
 def build_and_run_consumer(build: Path, *options: str) -> list[str]:
@@ -83,3 +83,13 @@ def test_a_program_finds_and_links_the_library_of_a_wheel(tmp_path: Path) -> Non
         pytest.skip("an editable install has no C++ package")
     lines = build_and_run_consumer(tmp_path, f"-Dtenp_DIR={config}")
     assert lines == [f"tenp {version('tenp')}", *EXPECTED]
+
+
+@pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="needs the source tree")
+@pytest.mark.parametrize(("wanted", "warned"), [([], True), (["-DTENP_BUILD_CUDA=OFF"], False)])
+def test_a_gpu_without_a_compiler_is_warned_of(
+    tmp_path: Path, wanted: list[str], warned: bool
+) -> None:
+    gpu = ["-DCMAKE_CUDA_ARCHITECTURES=native", "-DCMAKE_CUDA_COMPILER=NOTFOUND"]
+    said = run(CMAKE, "-S", ROOT, "-B", tmp_path, "-DTENP_BUILD_TESTS=OFF", *gpu, *wanted)
+    assert ("There is a GPU but no CUDA compiler" in said) == warned
