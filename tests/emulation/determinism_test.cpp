@@ -138,7 +138,8 @@ TEST_CASE("routing of several chunks does not depend on the order of blocks and 
 }
 
 void check_expert_gemm(std::int64_t tokens, std::int64_t hidden_size) {
-    const std::vector<std::int32_t> widths = {0, 1, 15, 16, 17, 63, 64, 65, 200, 130};
+    std::vector<std::int32_t> widths = {0, 1, 15, 16, 17, 63, 64, 65, 200, 130};
+    widths.resize(40, 3);  // more experts than a warp has lanes
     const ExpertLayout layout(widths);
     const std::int64_t experts = std::ssize(widths), rows = layout.rows(), per_token = 4;
     Numbers numbers;
@@ -193,8 +194,9 @@ TEST_CASE("expert_gemm by streaming weights does not depend on the grid") {
 }
 
 TEST_CASE("statistics of several chunks do not depend on the grid") {
-    constexpr std::int64_t kRows = 2600, kHidden = 40, kNeurons = 140, kExperts = 5;
-    std::vector<std::int32_t> offsets = {0, 0, 1, 2300, 2301, 2600};
+    constexpr std::int64_t kRows = 2600, kHidden = 40, kNeurons = 140, kExperts = 40;
+    std::vector<std::int32_t> offsets = {0, 0, 1, 2300, 2301};
+    offsets.resize(kExperts + 1, kRows);
     Numbers numbers;
     auto outputs = numbers.bfloat16(kRows * kHidden);
     auto activations = numbers.bfloat16(kRows * kNeurons);

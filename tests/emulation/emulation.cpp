@@ -89,7 +89,9 @@ struct Barrier {
     unsigned arrived = 0;
     std::uint64_t generation = 0;
     const void* instruction = nullptr;
-    char order[2] = {};
+    /// What orders this meeting and the next, see races.h. Memory of its own: what was ordered by
+    /// an address before would be ordered by it still, until that is freed.
+    std::unique_ptr<char[]> order = std::make_unique<char[]>(2);
 };
 
 struct Copy {
@@ -282,7 +284,7 @@ void run_block(bool reverse, void (*enter)(unsigned, const std::array<unsigned, 
 #endif
         fiber.context.start(fiber.seat.stack, fiber_main);
     }
-    block.warps.assign((threads + 31) / 32, {});
+    block.warps = std::vector<Warp>((threads + 31) / 32);
     block.barrier = {};
     auto& shared = this_launch().shared[block.place];
     shared.reset(

@@ -82,9 +82,11 @@ __global__ void copy_kernel(const int* in, int* out) {
     out[blockIdx.x * kThreads + threadIdx.x] = sum;
 }
 
-/// Blocks write their numbers, to one place or to their own.
+/// Blocks write their numbers, to one place or to their own. Their barriers are no barriers between
+/// them, here and below.
 template <bool kOrdered>
 __global__ void blocks_kernel(int* out) {
+    __syncthreads();
     if (threadIdx.x == 0) {
         out[kOrdered ? blockIdx.x : 0] = static_cast<int>(blockIdx.x);
     }
@@ -93,6 +95,7 @@ __global__ void blocks_kernel(int* out) {
 /// The last block to arrive adds up what the others wrote.
 template <bool kOrdered>
 __global__ void arrivals_kernel(int* parts, int* arrived, int* out) {
+    __syncthreads();
     if (threadIdx.x == 0) {
         parts[blockIdx.x] = static_cast<int>(blockIdx.x) + 1;
         if (kOrdered) {
@@ -110,11 +113,13 @@ __global__ void arrivals_kernel(int* parts, int* arrived, int* out) {
 __global__ void first_kernel(int* written) {
     allow_next_kernel();
     written[blockIdx.x * kThreads + threadIdx.x] = 1;
+    __syncthreads();
 }
 
 /// Started while first_kernel runs.
 template <bool kOrdered>
 __global__ void next_kernel(const int* written, int* out) {
+    __syncthreads();
     if (kOrdered) {
         wait_for_previous_kernel();
     }
