@@ -131,6 +131,7 @@ inline unsigned __match_any_sync(unsigned mask, int value) {
     );
 }
 inline int atomicAdd(int* address, int value) {
+    emulation::meet_at(address);
     return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
 }
 

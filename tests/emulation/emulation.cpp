@@ -114,7 +114,9 @@ struct Fiber {
     std::uint64_t generation = 0;
     std::vector<Copy> open_copies;
     std::deque<std::vector<Copy>> groups;
-    void* fake_stack = nullptr;  // AddressSanitizer's
+    std::unique_ptr<char> fenced;  // what came before its last fence
+    std::vector<char*> met;        // what others had fenced when it met them
+    void* fake_stack = nullptr;    // AddressSanitizer's
 
     bool may_run() const {
         return !is_done && (barrier == nullptr || barrier->generation != generation);
@@ -158,9 +160,10 @@ struct Free {
 struct Launch {
     std::array<std::vector<Seat>, races::kBlocksAtOnce> seats;
     std::array<std::unique_ptr<unsigned char, Free>, races::kBlocksAtOnce> shared;
-    char begin = 0;      // what the host did before it
-    char arguments = 0;  // that its threads have
-    char end = 0;        // of its threads
+    char begin = 0;                                        // what the host did before it
+    char arguments = 0;                                    // that its threads have
+    char end = 0;                                          // of its threads
+    std::map<const int*, std::unique_ptr<char>> meetings;  // at an atomic integer
     bool allows_next = false;
 };
 Launch launches[2];
@@ -364,6 +367,7 @@ bool run(
         races::acquire(previous_launch().end);
     }
     this_launch().allows_next = false;
+    this_launch().meetings.clear();
     block.shared_bytes = shared_bytes;
     block.body = &body;
     block.fibers.resize(threads);
@@ -409,9 +413,37 @@ void warp_barrier() {
 }
 
 void fence() {
-    static char fences;
-    races::acquire(fences);
-    races::release(fences);
+    const Unseen unseen;
+    for (char* meeting : self().met) {
+        races::acquire(*meeting);
+    }
+    if (self().fenced == nullptr) {
+        self().fenced = std::make_unique<char>();
+    }
+    races::release(*self().fenced);
+}
+
+void meet_at(const int* atomic) {
+    if (!races::kAreFound) {
+        return;
+    }
+    const Unseen unseen;
+    auto& meeting = this_launch().meetings[atomic];
+    if (meeting == nullptr) {
+        meeting = std::make_unique<char>();
+    }
+    self().met.push_back(meeting.get());
+    if (self().fenced != nullptr) {
+        // Not all that this thread did, only what it fenced: a thread that knows nothing takes it.
+        const races::Thread me = races::this_thread();
+        races::become(block.host);
+        const races::Thread courier = races::make_thread();
+        races::become(courier);
+        races::acquire(*self().fenced);
+        races::release(*meeting);
+        races::become(me);
+        races::destroy(courier);
+    }
 }
 
 void wait_for_previous_grid() {

@@ -77,6 +77,7 @@ int lane();
 void block_barrier();
 void warp_barrier();
 void fence();
+void meet_at(const int* atomic);
 void wait_for_previous_grid();
 void allow_next_grid();
 

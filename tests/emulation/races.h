@@ -5,9 +5,11 @@
 
 // What ThreadSanitizer must know to find races of emulated threads: every one of them is a fiber of
 // its own, and only what CUDA promises orders their accesses. Those are __syncthreads among the
-// threads of a block, __syncwarp among those of a warp, two __threadfence, and the end of a kernel;
-// not shuffles, not products, not the order in which the emulation happens to run them. In a build
-// without ThreadSanitizer all of this is nothing.
+// threads of a block, __syncwarp among those of a warp, __threadfence before an atomic operation
+// and
+// __threadfence after a later one on the same address, and the end of a kernel; not shuffles, not
+// products, not the order in which the emulation happens to run them. In a build without
+// ThreadSanitizer all of this is nothing.
 
 #if defined(TENP_FIND_RACES)
 #include <sanitizer/tsan_interface.h>
@@ -22,13 +24,15 @@ void __tsan_ignore_thread_end();
 
 namespace emulation::races {
 
+#if defined(TENP_FIND_RACES)
+inline constexpr bool kAreFound = true;
+#else
+inline constexpr bool kAreFound = false;
+#endif
+
 /// Blocks of which nothing orders one after another. More would find no more: a kernel's blocks
 /// are all alike.
-#if defined(TENP_FIND_RACES)
-inline constexpr std::size_t kBlocksAtOnce = 4;
-#else
-inline constexpr std::size_t kBlocksAtOnce = 1;
-#endif
+inline constexpr std::size_t kBlocksAtOnce = kAreFound ? 4 : 1;
 
 /// A thread as ThreadSanitizer knows it.
 using Thread = void*;
@@ -43,6 +47,9 @@ inline Thread this_thread() {
 }
 inline void become(Thread thread) {
     __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync);
+}
+inline void destroy(Thread thread) {
+    __tsan_destroy_fiber(thread);
 }
 
 /// What this thread did so far comes before what others do after acquire() of the same object.
@@ -78,6 +85,7 @@ inline Thread this_thread() {
     return nullptr;
 }
 inline void become(Thread) {}
+inline void destroy(Thread) {}
 template <class T>
 void release(T&) {}
 template <class T>

@@ -93,16 +93,16 @@ __global__ void blocks_kernel(int* out) {
 }
 
 /// The last block to arrive adds up what the others wrote.
-template <bool kOrdered>
+template <bool kFenceBefore, bool kFenceAfter>
 __global__ void arrivals_kernel(int* parts, int* arrived, int* out) {
     __syncthreads();
     if (threadIdx.x == 0) {
         parts[blockIdx.x] = static_cast<int>(blockIdx.x) + 1;
-        if (kOrdered) {
+        if (kFenceBefore) {
             __threadfence();
         }
         if (atomicAdd(arrived, 1) + 1 == kBlocks) {
-            if (kOrdered) {
+            if (kFenceAfter) {
                 __threadfence();
             }
             *out = parts[0] + parts[1] + parts[2];
@@ -137,6 +137,14 @@ const LaunchShape kShape{
     .blocks = kBlocks, .threads = kThreads, .shared_bytes = 4 * kThreads * sizeof(int)
 };
 
+template <bool kFenceBefore, bool kFenceAfter>
+void run_arrivals(Arrays& arrays) {
+    launch(
+        arrivals_kernel<kFenceBefore, kFenceAfter>, kShape, nullptr, arrays.in.data(),
+        &arrays.count, arrays.out.data()
+    );
+}
+
 template <bool kOrdered>
 void run_grids(Arrays& arrays) {
     launch(first_kernel, kShape, nullptr, arrays.in.data());
@@ -157,9 +165,7 @@ TEST_CASE("what CUDA promises orders threads") {
     CHECK(arrays.out[0] == 0);
     launch(blocks_kernel<true>, kShape, nullptr, arrays.out.data());
     CHECK(arrays.out[2] == 2);
-    launch(
-        arrivals_kernel<true>, kShape, nullptr, arrays.in.data(), &arrays.count, arrays.out.data()
-    );
+    run_arrivals<true, true>(arrays);
     CHECK(arrays.out[0] == 6);
     run_grids<true>(arrays);
     CHECK(arrays.out == std::vector<int>(kBlocks * kThreads, 1));
@@ -190,11 +196,14 @@ TEST_CASE("no place of its own" * doctest::skip()) {
     launch(blocks_kernel<false>, kShape, nullptr, arrays.out.data());
 }
 
-TEST_CASE("no __threadfence" * doctest::skip()) {
+TEST_CASE("no __threadfence before the atomic" * doctest::skip()) {
     Arrays arrays;
-    launch(
-        arrivals_kernel<false>, kShape, nullptr, arrays.in.data(), &arrays.count, arrays.out.data()
-    );
+    run_arrivals<false, true>(arrays);
+}
+
+TEST_CASE("no __threadfence after the atomic" * doctest::skip()) {
+    Arrays arrays;
+    run_arrivals<true, false>(arrays);
 }
 
 TEST_CASE("no wait for the previous kernel" * doctest::skip()) {
