@@ -180,6 +180,25 @@ class Calibration:
             self.m, self.row_gates, self.routing.offsets, second_moment=self.second_moment
         )
 
+    def alone(self) -> None:
+        """The sums of the statistics by the ops that have outputs already."""
+        import torch
+
+        from tenp import ops
+
+        rows, sums = self.routing, self.sums
+        y = torch.randn(len(self.m), self.hidden.shape[1], device=self.m.device).to(self.m.dtype)
+        kept = (y, self.row_gates, rows.offsets)
+        tokens = rows.slots // self.per_token
+        names = ("counts", "gate_sum", "norm_sum", "gated_norm_sum", "norm_max")
+        ops.accumulate_activation_stats(*kept, **{name: sums[name] for name in names})
+        change = sums["direction_change"]
+        ops.accumulate_direction_change(self.hidden, y, tokens, *kept[1:], direction_change=change)
+        names = ("projection", "magnitude", "energy", "peak")
+        ops.accumulate_neuron_contribution(
+            self.m, y, self.down, *kept[1:], **{name: sums[name] for name in names}
+        )
+
     def calls(self) -> dict[str, Callable[[], None]]:
         """The three by the names of their ops."""
         return {
@@ -209,7 +228,9 @@ def run_tiny(device: str) -> None:
         for count in counts:
             hidden, ids, gates = layer.tokens(count)
             layer.forward(hidden, ids, gates)
-    Calibration(layer, 40).bits()
+    batch = Calibration(layer, 40)
+    batch.bits()
+    batch.alone()
     ops.tile_table(
         ops.route(ids, TINY.num_experts).offsets, layer.width_tensor, 64, 128, rows=ids.numel()
     )
