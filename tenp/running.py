@@ -161,7 +161,8 @@ def calibrate(
     )
     if run.second_pass:
         second_pass.collect(model, samples, statistics, run.batch_tokens, progress)
-    execution.keep_statistics(work, statistics)
+    if answered is not None:  # with answers, the directory does not say which run they are of
+        execution.keep_statistics(work, statistics)
     return statistics
 
 

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+import tenp
 from kill_sweep import sweep
 from support.fixtures import Command, Tiny, files_of
 from support.kills import STAGES, run_and_die
 from tenp import execution, pipeline
 from tenp.errors import CheckpointError
+from tenp.execution import Execution
 from tenp.planning import Budget
 from tenp.workdir import WorkDirectory
 
@@ -251,6 +253,16 @@ def test_statistics_are_found_again_when_calibrate_was_stopped_after_saving(
     assert (tmp_path / "s").read_bytes() == first
     (tmp_path / "s").write_bytes(b"something else")
     assert command(*arguments).code == 2
+
+
+def test_statistics_of_answers_are_not_taken_for_those_of_text(tiny: Tiny, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a question"}\n{"prompt": "another"}\n')
+    kept = Execution(work_dir=tmp_path / "work")
+    pipeline.calibrate(tiny.checkpoint, [prompts], tenp.Run(self_generate=4, execution=kept))
+    found = pipeline.calibrate(tiny.checkpoint, [prompts], tenp.Run(execution=kept))
+    expected = pipeline.calibrate(tiny.checkpoint, [prompts], tenp.Run())
+    assert found.digest() == expected.digest()
 
 
 def test_a_work_directory_does_not_say_where_the_model_is(tiny: Tiny) -> None:
