@@ -17,7 +17,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from tenp import adapter, calibration, evaluation, execution, second_pass, streamed_evaluation
+from tenp import (
+    adapter,
+    calibration,
+    devices,
+    evaluation,
+    execution,
+    second_pass,
+    streamed_evaluation,
+)
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
 from tenp.errors import CheckpointError, InvalidArgument, Unsupported
@@ -105,6 +113,9 @@ def calibrate(
         work: Where finished layers are kept, or None.
         narrowing: Decides what every layer becomes before the next one is run; needs streaming.
     """
+    device = devices.resolve(
+        f"cuda:{group.local_rank}" if run.device == "cuda" and group.size > 1 else run.device
+    )
     config = adapter.load_config(checkpoint.directory)
     settings = {
         "dtype": "",
@@ -126,9 +137,6 @@ def calibrate(
         samples = samples_of(checkpoint, domains, run)
         dtype = run.dtype_of(config)
         settings["dtype"] = str(dtype).removeprefix("torch.")
-        device = (
-            f"cuda:{group.local_rank}" if run.device == "cuda" and group.size > 1 else run.device
-        )
         return execution.calibrate_streamed(
             checkpoint,
             source,
@@ -136,7 +144,7 @@ def calibrate(
             settings,
             run.execution,
             dtype,
-            streaming_device(device),
+            device,
             group,
             work,
             functools.partial(_streaming_progress, report, checkpoint, samples),
@@ -164,13 +172,6 @@ def calibrate(
     if answered is not None:  # with answers, the directory does not say which run they are of
         execution.keep_statistics(work, statistics)
     return statistics
-
-
-def streaming_device(device: str) -> str:
-    """Return the one device that layers are read to; `auto` is the GPU if there is one."""
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _announce(report: Reporter | None, text: str) -> None:
@@ -279,7 +280,7 @@ def _evaluate_streamed(
     for each in (checkpoint, reference):
         if each is not None:
             dtype = run.dtype_of(adapter.load_config(each.directory))
-            device = streaming_device(run.device)
+            device = devices.resolve(run.device)
             models.append(LayerwiseModel(Reader(each), dtype, device))
             _require_vocabulary(models[0].model, models[-1].model)
     total = tokens * sum(map(len, models))

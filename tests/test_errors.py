@@ -18,7 +18,7 @@ import pytest
 import tenp
 from support.fixtures import Command, Result, Tiny, files_of
 from support.tiny_models import make_tokenizer, save_model
-from tenp import adapter, calibration, files
+from tenp import adapter, calibration, devices, files, streaming
 from tenp.checkpoint import INDEX_FILE, ShardWriter
 from tenp.errors import InvalidArgument
 
@@ -212,8 +212,19 @@ def test_experts_that_see_too_little_text(prune, tiny: Tiny, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu9"])
-def test_a_device_that_is_not_there(prune, tiny: Tiny, device: str) -> None:
-    _assert_refused(prune(tiny.directory, "--device", device), "device")
+@pytest.mark.parametrize("stream", ["none", "layers"])
+def test_a_device_that_is_not_there(prune, tiny: Tiny, device: str, stream: str) -> None:
+    _assert_refused(prune(tiny.directory, "--device", device, "--stream", stream), "device")
+
+
+@pytest.mark.parametrize("stream", ["none", "layers", "experts"])
+def test_a_gpu_that_this_build_cannot_use(prune, tiny: Tiny, monkeypatch, stream: str) -> None:
+    monkeypatch.setattr(adapter, "load_model", _must_not_run)
+    monkeypatch.setattr(streaming, "collect", _must_not_run)
+    monkeypatch.setattr(devices, "_cuda_trouble", lambda: "there are no kernels")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    refused = "device cuda must be one that tenp has kernels for, but there are no kernels; use"
+    _assert_refused(prune(tiny.directory, "--device", "cuda", "--stream", stream), refused)
 
 
 # ---- the text ----

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from support.fixtures import Tiny
 from support.tiny_models import token_ids
-from tenp import adapter, planning, pruning
+from tenp import adapter, devices, planning, pruning
 from tenp import pipeline as pipeline_of_tenp
 from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError
@@ -130,6 +130,33 @@ def test_torch_computes_what_the_kernel_does(model, tokens: int) -> None:
         kernel = experts(hidden, index, weights)
     plain = experts._forward_in_torch(hidden, index, weights)
     torch.testing.assert_close(kernel, plain, rtol=1e-5, atol=1e-5)
+
+
+class _OnGpu(torch.Tensor):
+    is_cuda = True
+
+
+def test_on_a_gpu_that_has_no_kernel_torch_computes(model, monkeypatch) -> None:
+    experts = _experts(model)[0]
+    arguments = (torch.randn(3, 32), torch.tensor([[0, 2], [3, 4], [5, 0]]), torch.rand(3, 2))
+    with torch.no_grad():
+        expected = experts._forward_in_torch(*arguments)
+        monkeypatch.setattr(devices, "_cuda_trouble", lambda: "there are no kernels")
+        monkeypatch.setattr("tenp.runtime.experts.expert_gemm", pytest.fail)
+        found = experts(arguments[0].as_subclass(_OnGpu), *arguments[1:])
+    assert torch.equal(found, expected)
+
+
+def test_compiled_code_can_ask_whether_there_are_kernels() -> None:
+    """It is asked once, when the code is traced: the answer must not cut the graph in two."""
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if devices.has_cuda() else x
+
+    expected = chosen(torch.zeros(2))
+    assert torch.equal(
+        torch.compile(chosen, backend="eager", fullgraph=True)(torch.zeros(2)), expected
+    )
 
 
 def test_all_weights_can_be_trained_and_get_the_gradients_of_the_masked_model(tiny: Tiny) -> None:

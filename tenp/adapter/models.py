@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from tenp.errors import CheckpointError, InvalidArgument, TenpError, Unsupported
+from tenp import devices
+from tenp.errors import CheckpointError, TenpError, Unsupported
 
 
 def load_config(directory: Path) -> PreTrainedConfig:
@@ -55,10 +56,12 @@ def load_model(
 
     Raises:
         Unsupported: The architecture is not known or is no language model, or the device is not
-            there.
+            there or nothing that this build of tenp can use.
         CheckpointError: The weights do not fit the config.
     """
-    _require_device(device)
+    devices.require(device)
+    if device == "auto" and torch.cuda.is_available() and not devices.has_cuda():
+        device = "cpu"
     config = load_config(directory)
     stored = getattr(config, "quantization_config", None)
     if isinstance(stored, dict) and stored.get("quant_method") == "mxfp4":
@@ -89,20 +92,6 @@ def load_model(
             f"{directory}: {name} must be {tuple(wanted)}, as config.json says, got {tuple(stored)}"
         )
     return model.eval().requires_grad_(False)
-
-
-def _require_device(device: str) -> None:
-    if device == "auto":
-        return
-    try:
-        wanted = torch.device(device)
-    except RuntimeError:
-        raise InvalidArgument(
-            f"device must be auto or a torch device such as cpu or cuda:0, got {device}"
-        ) from None
-    count = torch.cuda.device_count()
-    if wanted.type == "cuda" and (wanted.index or 0) >= count:
-        raise Unsupported(f"device {device} must be there, but torch sees {count} CUDA devices")
 
 
 def vocabulary(model: PreTrainedModel) -> int:

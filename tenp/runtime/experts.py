@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tenp import devices
 from tenp.adapter import Experts
 from tenp.ops.expert_gemm import expert_gemm
 from tenp.ops.expert_layout import neuron_offsets
@@ -106,6 +107,8 @@ class TenpExperts(nn.Module):
 
     def _kernel_serves(self, hidden: Tensor, gates: Tensor) -> bool:
         """With int8 weights there is a kernel for the CPU, and none for gradients."""
+        if hidden.is_cuda and not devices.has_cuda():
+            return False
         if self.down_proj_scale is None:
             return True
         tensors = (hidden, gates, self.down_proj_scale)
