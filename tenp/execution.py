@@ -113,7 +113,11 @@ class Execution:
 
 
 def identity(
-    source: Source, samples: Sequence[Samples], settings: Mapping[str, Any], group: Group
+    source: Source,
+    samples: Sequence[Samples],
+    settings: Mapping[str, Any],
+    device: str,
+    group: Group,
 ) -> dict[str, Any]:
     """Return what makes two runs the same: what their statistics depend on, bit for bit."""
     return {
@@ -123,6 +127,7 @@ def identity(
         "model": source.fingerprint,
         "data": [[domain.domain, domain.digest()] for domain in samples],
         "settings": dict(settings),
+        "device": torch.device(device).type,
         "processes": group.size,
     }
 
@@ -205,7 +210,7 @@ def calibrate_streamed(
         successors, settings["pruned"] = _pruned_experts(model, source, execution.pruned)
     if work is not None:
         measured = {"second_moments": second_moments, "second_pass": False}
-        work.require(identity(source, samples, {**settings, **measured}, group))
+        work.require(identity(source, samples, {**settings, **measured}, device, group))
         if (finished := finished_statistics(work)) is not None:
             return finished
     storage = Storage(setup.offload, device, work.path if work is not None else None)

@@ -78,7 +78,8 @@ class Run:
     def torch_dtype(self) -> torch.dtype | str:
         """Return the dtype to load a model in."""
         if self.dtype == "auto":
-            return torch.float32 if self.device == "cpu" else "auto"
+            is_cpu = torch.device(devices.resolve(self.device)).type == "cpu"
+            return torch.float32 if is_cpu else "auto"
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise InvalidArgument(
                 f"dtype must be auto, float32, bfloat16 or float16, got {self.dtype}"
@@ -86,7 +87,7 @@ class Run:
         return getattr(torch, self.dtype)
 
     def dtype_of(self, config: PreTrainedConfig) -> torch.dtype:
-        """Return the dtype to compute in when layers are read one by one."""
+        """Return the dtype to compute in, of a model with this config."""
         dtype = self.torch_dtype()
         return dtype if isinstance(dtype, torch.dtype) else adapter.stored_dtype(config)
 
@@ -113,12 +114,13 @@ def calibrate(
         work: Where finished layers are kept, or None.
         narrowing: Decides what every layer becomes before the next one is run; needs streaming.
     """
-    device = devices.resolve(
-        f"cuda:{group.local_rank}" if run.device == "cuda" and group.size > 1 else run.device
-    )
+    device = devices.resolve(run.device)
+    if device == "cuda" and group.size > 1:
+        device = devices.resolve(f"cuda:{group.local_rank}")
     config = adapter.load_config(checkpoint.directory)
+    dtype = run.dtype_of(config)
     settings = {
-        "dtype": "",
+        "dtype": str(dtype).removeprefix("torch."),
         "max_length": _max_length(config, run),
         "batch_tokens": run.batch_tokens,
         "samples": run.samples,
@@ -135,8 +137,6 @@ def calibrate(
                 "answers need the whole model in memory; use --stream none, or calibrate on answers in a file"
             )
         samples = samples_of(checkpoint, domains, run)
-        dtype = run.dtype_of(config)
-        settings["dtype"] = str(dtype).removeprefix("torch.")
         return execution.calibrate_streamed(
             checkpoint,
             source,
@@ -154,13 +154,12 @@ def calibrate(
         )
     answered = None if run.self_generate else samples_of(checkpoint, domains, run)
     if work is not None and answered is not None:
-        settings["dtype"] = run.dtype
         measured = {"second_moments": run.second_moments, "second_pass": run.second_pass}
-        work.require(execution.identity(source, answered, {**settings, **measured}, group))
+        known = execution.identity(source, answered, {**settings, **measured}, device, group)
+        work.require(known)
         if (finished := execution.finished_statistics(work)) is not None:
             return finished
-    model = adapter.load_model(checkpoint.directory, run.torch_dtype(), run.device)
-    settings["dtype"] = str(model.dtype).removeprefix("torch.")
+    model = adapter.load_model(checkpoint.directory, dtype, run.device)
     samples = _answers(checkpoint, model, domains, run) if answered is None else answered
     total = sum(domain.tokens() for domain in samples)
     progress = report("calibrate", total, "tokens") if report else None

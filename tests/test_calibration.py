@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+import tenp
 from support.fixtures import Tiny
 from support.tiny_models import make_model, make_samples, save_model
 from tenp import adapter, calibration, pruning
@@ -33,6 +34,12 @@ def _assert_close(ours: Statistics, theirs: Statistics, bound: float) -> None:
             else:
                 difference = (actual - expected).abs().max() / expected.abs().max()
                 assert difference <= bound, (layer, name, difference)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", "auto"])
+def test_the_dtype_is_float32_on_a_cpu_however_it_is_named(device: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tenp.Run(device=device).torch_dtype() == torch.float32
 
 
 # ---- the oracle: every equation of docs/method.md, on what the experts really received ----

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+import tenp
 from support.fixtures import Command, Tiny, files_of
 from support.tiny_models import make_tokenizer, save_model
+from tenp import devices, execution, running
 from tenp.distributed import Group
 from tenp.errors import InvalidArgument
+from tenp.text import read_domains
 
 PROCESSES = 2
 
@@ -104,6 +107,22 @@ def test_stretches_share_out_all_batches(tokens: list[int], processes: int) -> N
 def test_more_processes_than_batches_are_refused() -> None:
     with pytest.raises(InvalidArgument, match="a batch for each of the 3 processes, got 2"):
         Group(0, 3).stretch([4, 4])
+
+
+@pytest.mark.parametrize("device", ["cuda", "auto"])
+def test_every_process_uses_the_gpu_of_its_local_rank(
+    tiny: Tiny, text_file: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    used = []
+    monkeypatch.setattr(devices, "_cuda_trouble", lambda: "")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(execution, "calibrate_streamed", lambda *args, **_: used.append(args[6]))
+    domains = read_domains([text_file])
+    for rank in range(2):
+        run, group = tenp.Run(device=device), Group(rank, 2, local_rank=rank)
+        running.calibrate(tiny.checkpoint, tiny.source, domains, run, None, group, None)
+    assert used == ["cuda:0", "cuda:1"]
 
 
 def test_streaming_is_needed_with_several_processes(

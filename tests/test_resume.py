@@ -17,7 +17,7 @@ import tenp
 from kill_sweep import sweep
 from support.fixtures import Command, Tiny, files_of
 from support.kills import STAGES, run_and_die
-from tenp import execution, pipeline
+from tenp import adapter, devices, execution, pipeline
 from tenp.errors import CheckpointError
 from tenp.execution import Execution
 from tenp.planning import Budget
@@ -265,10 +265,37 @@ def test_statistics_of_answers_are_not_taken_for_those_of_text(tiny: Tiny, tmp_p
     assert found.digest() == expected.digest()
 
 
+def test_a_run_on_another_kind_of_device_is_refused(
+    tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether it is named or found: the sums of two kinds of device are not the same bits."""
+    run = tenp.Run(device="auto", execution=Execution(work_dir=tmp_path / "work"))
+    monkeypatch.setattr(devices, "resolve", lambda device: "cpu")
+    pipeline.calibrate(tiny.checkpoint, [text_file], run)
+    monkeypatch.setattr(devices, "resolve", lambda device: "cuda")
+    with pytest.raises(CheckpointError, match='its device is "cpu" instead of "cuda"'):
+        pipeline.calibrate(tiny.checkpoint, [text_file], run)
+
+
+def test_in_memory_the_dtype_that_auto_stands_for_makes_a_run_the_same(
+    tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Execution(work_dir=tmp_path / "work")
+    expected = pipeline.calibrate(tiny.checkpoint, [text_file], tenp.Run(execution=kept))
+    with monkeypatch.context() as patch:
+        patch.setattr(adapter, "load_model", pytest.fail)
+        same = tenp.Run(dtype="float32", execution=kept)
+        found = pipeline.calibrate(tiny.checkpoint, [text_file], same)
+    assert found.digest() == expected.digest()
+    with pytest.raises(CheckpointError, match='settings.dtype is "float32" instead of "bfloat16"'):
+        other = tenp.Run(dtype="bfloat16", execution=kept)
+        pipeline.calibrate(tiny.checkpoint, [text_file], other)
+
+
 def test_a_work_directory_does_not_say_where_the_model_is(tiny: Tiny) -> None:
     """A work directory may be moved to another machine together with the model."""
     from tenp.distributed import Group
 
-    found = execution.identity(tiny.source, tiny.samples, {}, Group())
+    found = execution.identity(tiny.source, tiny.samples, {}, "cpu", Group())
     assert str(tiny.directory) not in json.dumps(found)
     assert found["model"] == tiny.source.fingerprint
