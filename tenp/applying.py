@@ -6,7 +6,17 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from tenp import dern, dropping, equivalence, memory, output, pruning, rounding, verification
+from tenp import (
+    dern,
+    dropping,
+    equivalence,
+    memory,
+    moments,
+    output,
+    pruning,
+    rounding,
+    verification,
+)
 from tenp.checkpoint import Checkpoint
 from tenp.distributed import Group
 from tenp.errors import InvalidArgument, Unsupported
@@ -75,7 +85,11 @@ def apply(
     bound = run.execution.memory
     if bound is not None:
         memory.return_freed()
-    is_streamed = run.execution.is_streamed(Group.from_environment(), checkpoint)
+    # Otherwise verification holds a whole model in float32, on the CPU whatever device calibrated.
+    is_layerwise = (
+        run.execution.is_streamed(Group.from_environment(), checkpoint)
+        or 4 * checkpoint.parameters > moments.available_bytes()
+    )
     if decided.experts is not None:
         rebuild = dern.rebuilder(checkpoint, decided, statistics)
         dropping.apply(
@@ -84,7 +98,7 @@ def apply(
             out,
             rebuild,
             verify,
-            is_streamed,
+            is_layerwise,
             goes_on,
             bound,
             progress,
@@ -93,7 +107,7 @@ def apply(
     refit = None if decided.repair is None else Refitting(checkpoint, decided, statistics)
     change = rounding.change_of(checkpoint, refit, int8 is not None) if verify else None
     check = functools.partial(equivalence.check, checkpoint, decided, change) if verify else None
-    if verify and is_streamed:
+    if verify and is_layerwise:
         seen = report("verify", checkpoint.bytes, "bytes") if report else None
         check = functools.partial(verification.verify, checkpoint, decided, change, seen)
     pruning.apply(checkpoint, decided, out, check, goes_on, bound, progress, refit, int8)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from support.fixtures import Tiny, files_of
 from support.tiny_models import save_model
-from tenp import equivalence, planning, pruning
+from tenp import adapter, equivalence, moments, pipeline, planning, pruning
 from tenp.checkpoint import INDEX_FILE, Checkpoint
 from tenp.errors import CheckpointError, InvalidArgument, PlanError, Unsupported
 from tenp.model_card import model_card
@@ -47,6 +47,24 @@ def test_shards_and_index_agree(tiny: Tiny) -> None:
     pruned = Checkpoint(tiny.pruned)
     assert index["metadata"]["total_size"] == pruned.bytes
     assert index["metadata"]["total_parameters"] == pruned.parameters
+
+
+@pytest.mark.parametrize("method", ["tenp", "drop"])
+def test_a_model_larger_than_memory_is_verified_without_loading_it(
+    tiny: Tiny, tmp_path: Path, monkeypatch, method: str
+) -> None:
+    """Its calibration may have been on a GPU that holds it: verification is on the CPU, in float32."""
+    monkeypatch.setattr(moments, "available_bytes", lambda: 4 * tiny.checkpoint.parameters - 1)
+    monkeypatch.setattr(adapter, "load_model", _must_not_run)
+    plan = tiny.plan if method == "tenp" else pipeline.plan(tiny.statistics, Budget(0.5, "drop"))
+    pipeline.apply(tiny.checkpoint, plan, tmp_path / "out")
+    monkeypatch.setattr(moments, "available_bytes", lambda: 4 * tiny.checkpoint.parameters)
+    with pytest.raises(AssertionError, match="loaded"):
+        pipeline.apply(tiny.checkpoint, plan, tmp_path / "again")
+
+
+def _must_not_run(*arguments: object, **options: object) -> None:
+    raise AssertionError("a model was loaded")
 
 
 def test_the_config_says_what_to_load_it_with(tiny: Tiny) -> None:
