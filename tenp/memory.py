@@ -206,7 +206,7 @@ def _batch_bytes(model: LayerwiseModel, setup: Setup, batch: int, longest: int, 
     hidden, width = experts.down.shape[1], experts.width
     own = batch * (2 * widest + 4 * hidden) * size + batch * longest * 4  # the mask is [n, n]
     # Attention that is not fused holds all scores: before, in and after softmax, and which are masked.
-    heads = model.model.config.get_text_config().num_attention_heads
+    heads = adapter.attention_heads(model.model.config)
     own += batch * longest * heads * (3 * size + 1)
     # One expert may get every token: gate, up, m, x and y, and x and its square in float64.
     one = batch * ((3 * width + 3 * hidden) * size + 16 * hidden)

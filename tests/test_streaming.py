@@ -105,6 +105,18 @@ def test_amounts_of_memory() -> None:
     assert memory.parse_bytes("1000") == 1000
 
 
+def test_memory_is_forecast_for_the_layer_with_most_heads(tiny: Tiny) -> None:
+    model = LayerwiseModel(Reader(tiny.checkpoint), torch.float32)
+    setup = memory.Setup("layers", "ram", 4000)
+    alike = memory.forecast(model, tiny.samples, setup)
+    # Where layers differ, the config refuses to give one number.
+    model.model.config.per_layer_config = {
+        1: {"num_attention_heads": 8, "num_experts_per_tok": 1},
+        2: {"num_attention_heads": 1},
+    }
+    assert memory.forecast(model, tiny.samples, setup).batch > alike.batch
+
+
 def test_hidden_states_in_a_file_give_the_same(tiny: Tiny, tmp_path: Path) -> None:
     model = LayerwiseModel(Reader(tiny.checkpoint), torch.float32)
     storage = Storage("disk", directory=tmp_path)

@@ -10,6 +10,7 @@ Written for transformers 5.17 to 5.23, and tested at both ends; no model family 
 """
 
 from tenp.adapter.configs import (
+    attention_heads,
     config_of_experts,
     config_of_width,
     expert_groups,
@@ -36,6 +37,7 @@ __all__ = [
     "ExpertTensor",
     "Experts",
     "ExpertsFunction",
+    "attention_heads",
     "config_of_experts",
     "config_of_width",
     "empty_model",

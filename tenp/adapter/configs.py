@@ -121,9 +121,13 @@ def config_of_experts(
 
 def experts_per_token(config: PreTrainedConfig) -> int:
     """Return how many experts the routers choose for a token; 8, the most common, if no known field says."""
-    text = config.get_text_config()
-    values = (getattr(text, field, None) for field in _TOP_K_FIELDS)
-    return next((value for value in values if isinstance(value, int) and value), 8)
+    values = (_largest(config, field) for field in _TOP_K_FIELDS)
+    return next((value for value in values if value), 8)
+
+
+def attention_heads(config: PreTrainedConfig) -> int:
+    """Return how many heads attention has, in the layer with most."""
+    return _largest(config, "num_attention_heads")
 
 
 def expert_groups(config: PreTrainedConfig) -> int:
@@ -131,6 +135,14 @@ def expert_groups(config: PreTrainedConfig) -> int:
     text = config.get_text_config()
     groups = getattr(text, "n_group", None) or 1
     return groups if groups > 1 and (getattr(text, "topk_group", None) or groups) < groups else 1
+
+
+def _largest(config: PreTrainedConfig, field: str) -> int:
+    """Return a number of the (text) config, the largest where layers differ, or 0 if it is not there."""
+    text: Any = config.get_text_config()
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    values = (getattr(layer, field, None) for layer in layers)
+    return max(value if isinstance(value, int) else 0 for value in values)
 
 
 def _empty_model_with(config: PreTrainedConfig, fields: Mapping[str, Any]) -> PreTrainedModel:
