@@ -75,24 +75,28 @@ class Execution:
         Raises:
             InvalidArgument: The options contradict each other.
         """
-        if self.stream == "none" and (self.memory is not None or group.size > 1):
-            why = "--memory" if self.memory is not None else f"{group.size} processes"
-            raise InvalidArgument(f"--stream must be layers or experts with {why}, got none")
-        if self.stream == "none" and checkpoint.block is not None:
+        reasons = self.reasons(group, checkpoint)
+        if self.stream == "none" and reasons:
             raise InvalidArgument(
-                "--stream must be layers or experts for a checkpoint in float8, got none"
+                f"--stream must be layers or experts with {' and '.join(reasons)}, got none"
             )
-        if self.stream == "none" and (self.pruned or self.sequential):
-            option = "--pruned" if self.pruned else "--sequential"
-            raise InvalidArgument(f"--stream must be layers or experts with {option}, got none")
-        wants = (
-            self.memory is not None
-            or group.size > 1
-            or checkpoint.block is not None
-            or self.pruned is not None
-            or self.sequential is not None
-        )
-        return self.stream in ("layers", "experts") or (self.stream is None and wants)
+        return self.stream in ("layers", "experts") or (self.stream is None and bool(reasons))
+
+    def reasons(self, group: Group, checkpoint: Checkpoint) -> list[str]:
+        """Return what keeps a run from having the whole model in memory, apart from `stream`.
+
+        Args:
+            group: As in `is_streamed`.
+            checkpoint: As in `is_streamed`.
+        """
+        reasons = {
+            "--memory": self.memory is not None,
+            f"{group.size} processes": group.size > 1,
+            "a checkpoint in float8": checkpoint.block is not None,
+            "--pruned": self.pruned is not None,
+            "--sequential": self.sequential is not None,
+        }
+        return [name for name, holds in reasons.items() if holds]
 
     @contextmanager
     def work(self, group: Group) -> Iterator[WorkDirectory | None]:

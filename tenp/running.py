@@ -128,13 +128,15 @@ def calibrate(
         "self_generate": run.self_generate,
     }
     if run.execution.is_streamed(group, checkpoint):
+        reasons = " and ".join(run.execution.reasons(group, checkpoint))
+        way_out = f", which cannot be with {reasons}; use" if reasons else "; use --stream none, or"
         if run.second_pass:
             raise Unsupported(
-                "gradients need the whole model in memory; use --stream none, or criteria without a second pass"
+                f"gradients need the whole model in memory{way_out} criteria without a second pass"
             )
         if run.self_generate:
             raise Unsupported(
-                "answers need the whole model in memory; use --stream none, or calibrate on answers in a file"
+                f"answers need the whole model in memory{way_out} answers in a file of responses"
             )
         samples = samples_of(checkpoint, domains, run)
         return execution.calibrate_streamed(

@@ -107,4 +107,4 @@ def test_in_memory_is_refused(float8_model: Path, text_file: Path, command: Comm
         "calibrate", float8_model, "--calibration", text_file, "--stream", "none", "--out", "x"
     )
     assert result.code == 2
-    assert "must be layers or experts for a checkpoint in float8" in result.err
+    assert "must be layers or experts with a checkpoint in float8, got none" in result.err

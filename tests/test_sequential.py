@@ -184,7 +184,18 @@ def test_a_stopped_run_goes_on(
         (["--sequential", "--method", "drop"], "--sequential needs a method that chooses neurons"),
         (["--sequential", "--against-dense"], "--against-dense needs --repair ls or --method best"),
         (["--against-dense"], "--against-dense needs --sequential"),
-        (["--sequential", "--stream", "none"], "--stream must be layers or experts"),
+        (
+            ["--sequential", "--stream", "none", "--memory", "4GiB"],
+            "--stream must be layers or experts with --memory and --sequential, got none",
+        ),
+        (
+            ["--sequential", "--neurons", "heapr"],
+            "which cannot be with --sequential; use criteria without a second pass",
+        ),
+        (
+            ["--sequential", "--self-generate", "4"],
+            "which cannot be with --sequential; use answers in a file",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(
