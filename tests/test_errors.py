@@ -457,6 +457,19 @@ def test_memory_that_runs_out_is_an_error_with_advice(prune, tiny: Tiny, monkeyp
     _assert_refused(prune(tiny.directory), "out of memory", "--batch-tokens")
 
 
+def test_a_model_larger_than_its_device_is_not_called_damaged(
+    prune, tiny: Tiny, monkeypatch
+) -> None:
+    import torch
+
+    def out_of_memory(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB.\nMore lines")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", out_of_memory)
+    refused = "must fit the memory of the device cpu, but does not; use --stream layers"
+    _assert_refused(prune(tiny.directory), refused)
+
+
 # ---- plans ----
 
 

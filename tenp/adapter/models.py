@@ -56,7 +56,7 @@ def load_model(
 
     Raises:
         Unsupported: The architecture is not known or is no language model, or the device is not
-            there or nothing that this build of tenp can use.
+            there, too small, or nothing that this build of tenp can use.
         CheckpointError: The weights do not fit the config.
     """
     devices.require(device)
@@ -78,6 +78,11 @@ def load_model(
         )
     except TenpError:
         raise
+    except torch.OutOfMemoryError as error:
+        raise Unsupported(
+            f"{directory} must fit the memory of the device {device}, but does not; use --stream layers, "
+            f"or another device: {_first_line(error)}"
+        ) from error
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{directory} cannot be loaded: {_first_line(error)}") from error
     except ValueError as error:
