@@ -60,6 +60,13 @@ def resolve(device: str) -> str:
     return "cuda" if torch.cuda.is_available() and has_cuda() else "cpu"
 
 
+def free_bytes(device: torch.device) -> int:
+    """Return the memory of a GPU that is free for new tensors, in bytes."""
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps of freed tensors it hands out again.
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 @functools.cache
 def _cuda_trouble() -> str:
     """Asked once, and not on import: asking starts the driver, and then this process cannot fork."""

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tenp import devices
 from tenp.adapter import Experts
 from tenp.errors import InvalidArgument, Unsupported
 from tenp.samples import Samples
@@ -142,30 +143,31 @@ def required_bytes(layers: Sequence[Experts], domains: int, cross: bool = False)
     return total
 
 
-def check_memory(
-    layers: Sequence[Experts],
-    domains: int,
-    available: int | None = None,
-    cross: bool = False,
-) -> None:
+def check_memory(layers: Sequence[Experts], domains: int, cross: bool = False) -> None:
     """Refuse second moments that will not fit, before the run.
+
+    All are in memory when the run ends, and while it lasts on the devices that hold the weights.
+    Weights that are read layer by layer are nowhere yet, and then one layer's are on the device.
 
     Args:
         layers: The experts to be calibrated.
         domains: Calibration domains.
-        available: Bytes that may be used; None is the free memory of this machine.
         cross: As in `required_bytes`.
 
     Raises:
         Unsupported: They would need more; the message has both numbers.
     """
-    needed = required_bytes(layers, domains, cross)
-    available = available_bytes() if available is None else available
-    if needed > available:
-        raise Unsupported(
-            f"second moments of {domains} domains need {needed / 2**30:.2f} GiB, "
-            f"but {available / 2**30:.2f} GiB of memory are free; calibrate fewer domains at a time"
-        )
+    rooms = [(list(layers), available_bytes(), "memory", "calibrate fewer domains at a time")]
+    for device in {experts.down.device for experts in layers if experts.down.is_cuda}:
+        there = [experts for experts in layers if experts.down.device == device]
+        rooms.append((there, devices.free_bytes(device), str(device), "use --stream layers"))
+    for there, available, where, advice in rooms:
+        needed = required_bytes(there, domains, cross)
+        if needed > available:
+            raise Unsupported(
+                f"second moments of {domains} domains need {needed / 2**30:.2f} GiB of {where}, "
+                f"but {available / 2**30:.2f} GiB are free; {advice}"
+            )
 
 
 def available_bytes() -> int:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from support.fixtures import Command, Tiny, of_other_text
 from support.tiny_models import make_samples
-from tenp import adapter, calibration, moments, pipeline, planning, reconstruction, repair
+from tenp import adapter, calibration, devices, moments, pipeline, planning, reconstruction, repair
 from tenp.cli import display
 from tenp.errors import InvalidArgument, PlanError, Unsupported
 from tenp.plan import Plan
@@ -177,13 +178,38 @@ def test_second_moments_survive_the_file_and_merging(
         assert torch.equal(doubled.layers[layer]["down_gram"], sums["down_gram"])
 
 
-def test_what_will_not_fit_is_refused_with_the_number(tiny: Tiny) -> None:
+def test_what_will_not_fit_is_refused_with_the_number(tiny: Tiny, monkeypatch) -> None:
     layers = adapter.find_experts(adapter.load_model(tiny.directory))
     needed = moments.required_bytes(layers, 2)
     size = moments.packed_size(layers[0].width)
     assert needed == len(layers) * 8 * (2 * 2 + 1) * layers[0].num_experts * size
-    with pytest.raises(Unsupported, match=f"{needed / 2**30:.2f} GiB"):
-        moments.check_memory(layers, 2, available=needed - 1)
+    monkeypatch.setattr(moments, "available_bytes", lambda: needed)
+    moments.check_memory(layers, 2)
+    monkeypatch.setattr(moments, "available_bytes", lambda: needed - 1)
+    with pytest.raises(Unsupported, match=f"{needed / 2**30:.2f} GiB of memory"):
+        moments.check_memory(layers, 2)
+
+
+class _OnGpu:
+    """Experts of 3 neurons with a down bias, whose weights are on a GPU."""
+
+    layer, num_experts, width = 0, 2, 3
+    down = SimpleNamespace(is_cuda=True, device=torch.device("cuda:1"))
+
+    def biases(self) -> tuple[None, None, Tensor]:
+        return None, None, torch.zeros(2, 8)
+
+
+def test_what_will_not_fit_on_the_gpu_beside_the_model_is_refused(monkeypatch) -> None:
+    layers = [_OnGpu(), _OnGpu()]
+    needed = 2 * 8 * (2 * 3 + 1) * 2 * moments.packed_size(4)
+    assert moments.required_bytes(layers, 3) == needed
+    monkeypatch.setattr(moments, "available_bytes", lambda: 1 << 40)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: needed)
+    moments.check_memory(layers, 3)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(Unsupported, match="GiB of cuda:1, but .* are free; use --stream layers"):
+        moments.check_memory(layers, 3)
 
 
 # ---- whole plans ----
