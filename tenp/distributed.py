@@ -80,7 +80,7 @@ class Group:
 
         Args:
             sums: `[D, ...]` each; those of the first process hold its batches already.
-            contributions: Domain and sums without a domain axis, in the order of batches.
+            contributions: Domain and sums without a domain axis, in the order of batches, on any device.
         """
         if self.size == 1:
             return
@@ -94,6 +94,7 @@ class Group:
             for domain, contribution in contributions:
                 for name, tensor in contribution.items():
                     mine = summed[name][domain]
+                    tensor = tensor.to(mine.device)
                     if ALL_STATISTICS[name].merge == "sum":
                         mine += tensor
                     else:

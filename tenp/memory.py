@@ -177,7 +177,7 @@ def forecast(
         batch=_batch_bytes(model, setup, batch, longest, widest),
         between=between,
         statistics=_statistics_bytes(model, len(samples), second_moments, cross_moments)
-        + _contribution_bytes(model, samples, setup, processes),
+        + _contribution_bytes(model, samples, setup, processes, second_moments, cross_moments),
         reads=sum(
             model.checkpoint.tensors[name].stored_bytes
             for layer in range(last + 1)
@@ -235,16 +235,25 @@ def _statistics_bytes(
 
 
 def _contribution_bytes(
-    model: LayerwiseModel, samples: Sequence[Samples], setup: Setup, processes: int
+    model: LayerwiseModel,
+    samples: Sequence[Samples],
+    setup: Setup,
+    processes: int,
+    second_moments: bool,
+    cross_moments: bool,
 ) -> int:
     """What batches of one process wait with until the sums of the processes before arrive."""
     if processes == 1:
         return 0
     experts = max(model.experts.values(), key=lambda experts: experts.num_experts)
     count = 1 if setup.stream == "experts" else experts.num_experts
-    one = 8 * count * (4 * experts.width + 8 + experts.down.shape[1])
+    numbers = 4 * experts.width + 8 + experts.down.shape[1]
+    if second_moments:
+        samples = moments.halves(samples)  # of which every batch is of one
+        n = moments.variables(experts)
+        numbers += moments.packed_size(n) + (n * n + 1) * cross_moments
     batches = sum(1 for domain in samples for _ in domain.batches(setup.batch_tokens))
-    return ceil(batches / processes) * one
+    return ceil(batches / processes) * 8 * count * numbers
 
 
 def choose(

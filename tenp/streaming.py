@@ -10,7 +10,8 @@ statistics, are those of `tenp.calibration`, so the results are the same bits.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -222,14 +223,18 @@ class StreamedRun:
         if layer == 0:
             self._model.free_embeddings()
 
-    def _sums(self, sums: LayerStatistics, batch: Batch) -> LayerStatistics:
-        """Return what a batch adds to: the sums, or numbers of its own that are added in order later."""
+    @contextmanager
+    def _sums(self, sums: LayerStatistics, batch: Batch) -> Iterator[LayerStatistics]:
+        """Yield what a batch adds to: the sums, or numbers of its own that are added in order later."""
         mine = domain_sums(sums, batch.domain)
         if self._group.rank == 0:
-            return mine
+            yield mine
+            return
         mine = {name: torch.zeros_like(tensor) for name, tensor in mine.items()}
-        self._contributions.append((batch.domain, mine))
-        return mine
+        yield mine
+        # Those of all batches wait on the CPU: a device may have no room for them.
+        apart = {name: tensor.cpu() for name, tensor in mine.items()}
+        self._contributions.append((batch.domain, apart))
 
     def _take_contributions(self) -> list[tuple[int, LayerStatistics]]:
         taken, self._contributions = self._contributions, []
@@ -275,7 +280,8 @@ class StreamedRun:
             ) -> Tensor:
                 routed = route(experts, hidden, index, weights, batch.attended.to(hidden.device))
                 out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-                add_experts(experts, routed, self._sums(sums, batch), out)
+                with self._sums(sums, batch) as mine:
+                    add_experts(experts, routed, mine, out)
                 return out.to(hidden.dtype)
 
             return compute
@@ -357,18 +363,17 @@ class StreamedRun:
                 if ALL_STATISTICS[name].merge != "weights"
             }
             for number, (batch, rows) in enumerate(zip(self._batches, routed, strict=True)):
-                mine = self._sums(of_one, batch)
                 rows = self._here(rows)
                 if results is None:
                     out = torch.zeros(rows.hidden.shape, device=self._device)
-                    add_experts(one, rows, mine, out, first=expert)
                 else:
                     out = results[number].to(self._device)
+                with self._sums(of_one, batch) as mine:
                     add_experts(one, rows, mine, out, first=expert)
-                    if out is not results[number]:
-                        results[number].copy_(out)
-                if dense:
-                    add_cross_moments(one, rows, self._here(dense[number]), mine, expert)
+                    if dense:
+                        add_cross_moments(one, rows, self._here(dense[number]), mine, expert)
+                if results is not None and out is not results[number]:
+                    results[number].copy_(out)
             self._group.add_in_order(of_one, self._take_contributions())
             done = total * (expert + 1) // count - total * expert // count
             self._report(layer, f", expert {expert + 1} of {count}", done)

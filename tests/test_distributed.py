@@ -57,14 +57,16 @@ def run_together(arguments: Sequence[object], processes: int = PROCESSES) -> lis
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-@pytest.mark.parametrize("stream", ["layers", "experts"])
+@pytest.mark.parametrize(
+    ("stream", "repair"), [("layers", "none"), ("layers", "ls"), ("experts", "none")]
+)
 def test_two_processes_write_what_one_does(
-    tiny: Tiny, text_file: Path, command: Command, tmp_path: Path, stream: str
+    tiny: Tiny, text_file: Path, command: Command, tmp_path: Path, stream: str, repair: str
 ) -> None:
     more = text_file.with_name("more.jsonl")
     shutil.copy(text_file, more)
     arguments = ["prune", tiny.directory, "--calibration", text_file, more, "--keep", 0.5]
-    arguments += ["--batch-tokens", 300, "--quiet", "--out"]
+    arguments += ["--batch-tokens", 300, "--repair", repair, "--quiet", "--out"]
     assert command(*arguments, tmp_path / "one").code == 0
     work = ["--work-dir", tmp_path / "work"]
     codes = run_together([*arguments, tmp_path / "two", "--stream", stream, *work])

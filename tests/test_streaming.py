@@ -16,6 +16,7 @@ from tenp import (
     calibration,
     evaluation,
     memory,
+    moments,
     pipeline,
     pruning,
     streamed_evaluation,
@@ -115,6 +116,29 @@ def test_memory_is_forecast_for_the_layer_with_most_heads(tiny: Tiny) -> None:
         2: {"num_attention_heads": 1},
     }
     assert memory.forecast(model, tiny.samples, setup).batch > alike.batch
+
+
+@pytest.mark.parametrize("stream", ["layers", "experts"])
+def test_what_batches_wait_with_in_several_processes_is_forecast(tiny: Tiny, stream: str) -> None:
+    model = LayerwiseModel(Reader(tiny.checkpoint), torch.float32)
+    setup = memory.Setup(stream, "ram", 100)
+
+    def waiting(second_moments: bool, cross_moments: bool) -> int:
+        """What the second of two processes holds beside the sums."""
+        alone, shared = (
+            memory.forecast(
+                model, tiny.samples, setup, processes, second_moments, cross_moments
+            ).statistics
+            for processes in (1, 2)
+        )
+        return shared - alone
+
+    experts = model.experts[0]
+    batches = streaming.make_batches(moments.halves(tiny.samples), 100)
+    count = (len(batches) + 1) // 2 * (experts.num_experts if stream == "layers" else 1)
+    packed = experts.width * (experts.width + 1) // 2
+    assert waiting(True, False) - waiting(False, False) >= 8 * count * packed
+    assert waiting(True, True) - waiting(True, False) >= 8 * count * experts.width**2
 
 
 def test_hidden_states_in_a_file_give_the_same(tiny: Tiny, tmp_path: Path) -> None:
