@@ -161,19 +161,33 @@ class _Collector:
 class Routed:
     """What one batch sends to the routed experts of a layer."""
 
-    hidden: Tensor  # [T, H], what router and experts receive
+    hidden: Tensor  # [T, H], what router and experts receive; may be kept on another device
     routing: ops.Routing  # of all experts of the layer
     gates: Tensor  # [T, k], float32, 0 where a slot names no expert
 
     @property
-    def offsets(self) -> Tensor:
-        """`[E + 1]`, int32: the rows of expert e are `offsets[e]` to `offsets[e + 1]`."""
-        return self.routing.offsets
+    def hidden_here(self) -> Tensor:
+        """`[T, H]`, on the device that computes."""
+        return self.hidden.to(self.gates.device)
+
+    @cached_property
+    def begins(self) -> list[int]:
+        """E + 1 numbers: the rows of expert e are `begins[e]` to `begins[e + 1]`.
+
+        To read them from a device waits for it, so that is done once.
+        """
+        begins: list[int] = self.routing.offsets.tolist()
+        return begins
+
+    def of_expert(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Return the tokens of an expert's rows, `[s]` int64, and their gates, `[s]` float32."""
+        slots = self.routing.slots[self.begins[expert] : self.begins[expert + 1]].long()
+        return slots // self.gates.shape[1], self.gates.flatten()[slots]
 
     @cached_property
     def row_slots(self) -> Tensor:
         """`[S]`, int64: which of the flattened `[T, k]` slots every row is."""
-        return self.routing.slots[: int(self.offsets[-1])].long()
+        return self.routing.slots[: self.begins[-1]].long()
 
     @property
     def row_tokens(self) -> Tensor:
@@ -252,13 +266,15 @@ def add_experts(
     """
     offsets, slots, rows = routed.routing
     if experts.num_experts < len(offsets) - 1:
-        offsets = offsets[first : first + experts.num_experts + 1]
-        begin, end = offsets[:: experts.num_experts].tolist()
-        offsets, slots, rows = offsets - begin, slots[begin:end], rows - begin
-    activations = _activations(experts, routed.hidden, offsets, slots, rows.shape[1])
+        last = first + experts.num_experts
+        begin, end = routed.begins[first], routed.begins[last]
+        offsets = offsets[first : last + 1] - begin
+        slots, rows = slots[begin:end], rows - begin
+    hidden = routed.hidden_here
+    activations = _activations(experts, hidden, offsets, slots, rows.shape[1])
     per_batch = {n: total for n, total in sums.items() if not ALL_STATISTICS[n].has_folds}
     ops.expert_statistics(
-        routed.hidden,
+        hidden,
         activations,
         experts.down,
         offsets,
@@ -316,12 +332,11 @@ def run_expert(one: Experts, routed: Routed, out: Tensor, expert: int) -> None:
         out: `[T, H]`, float32, added to.
         expert: Which of the layer's experts it is.
     """
-    rows = slice(*routed.offsets[expert : expert + 2].tolist())
-    tokens = routed.row_tokens[rows]
-    outputs = one.activations(0, routed.hidden[tokens]) @ one.down[0].t()
+    tokens, gates = routed.of_expert(expert)
+    outputs = one.activations(0, routed.hidden_here[tokens]) @ one.down[0].t()
     if (down_bias := one.biases()[2]) is not None:
         outputs = outputs + down_bias[0]
-    out.index_add_(0, tokens, outputs.float() * routed.row_gates[rows, None])
+    out.index_add_(0, tokens, outputs.float() * gates[:, None])
 
 
 def add_cross_moments(
@@ -336,10 +351,9 @@ def add_cross_moments(
         sums: `[1, ...]` of the batch's domain, added to.
         expert: Which of the layer's experts it is.
     """
-    rows = slice(*routed.offsets[expert : expert + 2].tolist())
-    tokens, gates = routed.row_tokens[rows], routed.row_gates[rows]
-    mine = one.activations(0, routed.hidden[tokens])
-    theirs = one.activations(0, dense.hidden[tokens])
+    tokens, gates = routed.of_expert(expert)
+    mine = one.activations(0, routed.hidden_here[tokens])
+    theirs = one.activations(0, dense.hidden_here[tokens])
     moments.add_cross_moment(one, sums, theirs, mine, gates)
 
 

@@ -173,7 +173,7 @@ class _Collector:
         down_bias = experts.biases()[2]
         out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
         activations, norms = [], []
-        for expert, (begin, end) in enumerate(pairwise(routed.offsets.tolist())):
+        for expert, (begin, end) in enumerate(pairwise(routed.begins)):
             tokens = routed.row_tokens[begin:end]
             m = experts.activations(expert, hidden[tokens])
             y = F.linear(m, experts.down[expert])
@@ -202,7 +202,7 @@ def _add_residual_change(
 ) -> None:
     h, z = before.double(), added.double()
     change = (1 - F.cosine_similarity(h, h + z, dim=1)).clamp(min=0)
-    for expert, (begin, end) in enumerate(pairwise(routed.offsets.tolist())):
+    for expert, (begin, end) in enumerate(pairwise(routed.begins)):
         weight = routed.row_gates[begin:end].double() * norms[expert]
         sums["residual_change"][domain, expert] += (
             weight @ change[routed.row_tokens[begin:end]]
@@ -218,7 +218,7 @@ def _add(
     sums: LayerStatistics,
     domain: int,
 ) -> None:
-    for expert, (begin, end) in enumerate(pairwise(routed.offsets.tolist())):
+    for expert, (begin, end) in enumerate(pairwise(routed.begins)):
         rows = slice(begin, end)
         upstream = gradient[routed.row_tokens[rows]] * routed.row_gates[rows, None]
         neurons = upstream.to(experts.down.dtype) @ experts.down[expert]

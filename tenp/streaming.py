@@ -363,7 +363,6 @@ class StreamedRun:
                 if ALL_STATISTICS[name].merge != "weights"
             }
             for number, (batch, rows) in enumerate(zip(self._batches, routed, strict=True)):
-                rows = self._here(rows)
                 if results is None:
                     out = torch.zeros(rows.hidden.shape, device=self._device)
                 else:
@@ -371,7 +370,7 @@ class StreamedRun:
                 with self._sums(of_one, batch) as mine:
                     add_experts(one, rows, mine, out, first=expert)
                     if dense:
-                        add_cross_moments(one, rows, self._here(dense[number]), mine, expert)
+                        add_cross_moments(one, rows, dense[number], mine, expert)
                 if results is not None and out is not results[number]:
                     results[number].copy_(out)
             self._group.add_in_order(of_one, self._take_contributions())
@@ -390,12 +389,9 @@ class StreamedRun:
             one = self._alone(experts, parameters)
             for rows, result in zip(routed, results, strict=True):
                 out = result.to(self._device)
-                run_expert(one, self._here(rows), out, expert)
+                run_expert(one, rows, out, expert)
                 if out is not result:
                     result.copy_(out)
-
-    def _here(self, rows: Routed) -> Routed:
-        return dataclasses.replace(rows, hidden=rows.hidden.to(self._device))
 
     def _room_for_results(self, routed: Sequence[Routed]) -> list[Tensor]:
         return self._storage.allocate([rows.hidden.shape for rows in routed], torch.float32)

@@ -109,10 +109,8 @@ def verify(
 def _compare(layer: int, experts: Experts, routed: Routed, pairs: Any, widths: list[int]) -> Tensor:
     """Compare every expert, and return the layer's routed output of the dense ones, `[T, H]`."""
     out = torch.zeros_like(routed.hidden)
-    offsets = routed.offsets.tolist()
     for expert, (dense, narrow) in enumerate(pairs):
-        rows = slice(offsets[expert], offsets[expert + 1])
-        tokens = routed.row_tokens[rows]
+        tokens, gates = routed.of_expert(expert)
         x = routed.hidden[tokens if len(tokens) else slice(_SUBSTITUTES)]
         expected = _output(experts.with_parameters(dense), x)
         one = experts.with_parameters(narrow)
@@ -127,7 +125,7 @@ def _compare(layer: int, experts: Experts, routed: Routed, pairs: Any, widths: l
                 "of its largest output"
             )
         if len(tokens):
-            out.index_add_(0, tokens, expected * routed.row_gates[rows, None])
+            out.index_add_(0, tokens, expected * gates[:, None])
     return out
 
 

@@ -151,6 +151,25 @@ def test_hidden_states_in_a_file_give_the_same(tiny: Tiny, tmp_path: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+def test_where_rows_of_experts_begin_is_asked_of_the_device_once_a_batch(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once an expert: every time, the CPU would wait for all that the device has yet to do."""
+    asked = 0
+    read = torch.Tensor.tolist
+
+    def tolist(self: torch.Tensor) -> object:
+        nonlocal asked
+        asked += self.dtype == torch.int32
+        return read(self)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    model = LayerwiseModel(Reader(tiny.checkpoint), torch.float32)
+    streaming.collect(model, tiny.samples, tiny.source, batch_tokens=100, stream="experts")
+    batches = streaming.make_batches(tiny.samples, 100)
+    assert asked == len(batches) * len(model.experts)
+
+
 def test_second_moments_are_those_of_a_run_in_memory(tiny: Tiny) -> None:
     model = adapter.load_model(tiny.directory, torch.float32)
     expected = calibration.collect(
