@@ -50,7 +50,7 @@ class Execution:
             for a checkpoint in float8, else `none`.
         memory: Bytes that each process may hold, or None.
         offload: Where hidden states stay between layers; None is a file if `memory` asks for it,
-            else memory.
+            without `memory` a GPU that has room for them, else memory.
         work_dir: Where finished layers are kept, so that the same run can go on after it was stopped.
         pruned: A checkpoint that was pruned from the model: every layer is then calibrated on what the
             pruned layers before it put out. None calibrates on the dense model's, as the paper does.
@@ -187,7 +187,6 @@ def calibrate_streamed(
     is_apart = execution.pruned is not None or narrowing is not None
     stream = "experts" if is_apart else execution.stream
     against_dense = narrowing is not None and narrowing.options.against_dense
-    setup = Setup(stream or "layers", execution.offload or "ram", settings["batch_tokens"])
     if execution.memory is not None:
         memory.return_freed()
         found = memory.choose(
@@ -201,9 +200,12 @@ def calibrate_streamed(
             second_moments,
             against_dense,
         )
-        setup = found.setup
     else:
-        found = memory.forecast(model, samples, setup, group.size, second_moments, against_dense)
+        way, tokens = stream or "layers", settings["batch_tokens"]
+        shared = (group.size, second_moments, against_dense)
+        offload = execution.offload or memory.default_offload(model, samples, way, tokens, *shared)
+        found = memory.forecast(model, samples, Setup(way, offload, tokens), *shared)
+    setup = found.setup
     announce(f"forecast: {found}")
     settings = {**settings, "batch_tokens": setup.batch_tokens}
     successors: Successors | None = None

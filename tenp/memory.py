@@ -17,7 +17,7 @@ from math import ceil
 
 import torch
 
-from tenp import adapter, moments
+from tenp import adapter, devices, moments
 from tenp.errors import InvalidArgument
 from tenp.layerwise import LayerwiseModel
 from tenp.reading import READ_AHEAD
@@ -254,6 +254,37 @@ def _contribution_bytes(
         numbers += moments.packed_size(n) + (n * n + 1) * cross_moments
     batches = sum(1 for domain in samples for _ in domain.batches(setup.batch_tokens))
     return ceil(batches / processes) * 8 * count * numbers
+
+
+def default_offload(
+    model: LayerwiseModel,
+    samples: Sequence[Samples],
+    stream: Stream,
+    batch_tokens: int,
+    processes: int = 1,
+    second_moments: bool = False,
+    cross_moments: bool = False,
+) -> Offload:
+    """Return where hidden states stay if nobody says: on a GPU that has room for them beside a layer.
+
+    From memory and back they would go over the bus once an expert, which takes longer than computing.
+
+    Args:
+        model: The model, without weights.
+        samples: What it will run on.
+        stream: `layers` or `experts`.
+        batch_tokens: Token positions per forward pass.
+        processes: That share the batches, each with a GPU of its own.
+        second_moments: As in `forecast`.
+        cross_moments: As in `forecast`.
+    """
+    if model.device.type != "cuda":
+        return "ram"
+    setup = Setup(stream, "device", batch_tokens)
+    found = forecast(model, samples, setup, processes, second_moments, cross_moments)
+    # Of the statistics one layer's are on the device.
+    held = found.weights + found.batch + found.between + found.statistics // len(model.experts)
+    return "device" if held <= devices.free_bytes(model.device) else "ram"
 
 
 def choose(

@@ -14,6 +14,7 @@ from support.tiny_models import FAMILIES, make_samples, save_model
 from tenp import (
     adapter,
     calibration,
+    devices,
     evaluation,
     memory,
     moments,
@@ -149,6 +150,19 @@ def test_hidden_states_in_a_file_give_the_same(tiny: Tiny, tmp_path: Path) -> No
     )
     assert found.digest() == tiny.statistics.digest()
     assert not list(tmp_path.iterdir())
+
+
+def test_hidden_states_stay_on_a_gpu_that_has_room_for_them(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LayerwiseModel(Reader(tiny.checkpoint), torch.float32)
+    assert memory.default_offload(model, tiny.samples, "experts", 100) == "ram"
+    model.device = torch.device("cuda")
+    found = memory.forecast(model, tiny.samples, memory.Setup("experts", "device", 100))
+    least = found.weights + found.batch + found.between
+    for free, expected in ((least, "ram"), (least + found.statistics, "device")):
+        monkeypatch.setattr(devices, "free_bytes", lambda device, free=free: free)
+        assert memory.default_offload(model, tiny.samples, "experts", 100) == expected
 
 
 def test_where_rows_of_experts_begin_is_asked_of_the_device_once_a_batch(
