@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompileConfig,
+    pipeline,
+)
 
 from support.fixtures import Tiny
 from support.tiny_models import token_ids
@@ -20,7 +26,7 @@ from tenp import pipeline as pipeline_of_tenp
 from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError
 from tenp.planning import Budget
-from tenp.runtime import TenpConfig, TenpExperts
+from tenp.runtime import TenpConfig, TenpExperts, TenpQuantizer
 
 
 def _load(directory: Path, **options):
@@ -71,9 +77,10 @@ def test_saving_and_loading_changes_nothing(tiny: Tiny, model, tmp_path: Path) -
     again = _load(tmp_path / "a")
     with torch.no_grad():
         assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"][
-        "widths"
-    ] == {str(k): ",".join(map(str, v)) for k, v in tiny.plan.widths().items()}
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    widths = {str(k): ",".join(map(str, v)) for k, v in tiny.plan.widths().items()}
+    assert config["quantization_config"]["widths"] == widths
+    assert not any(name.endswith("_plan") for name in config)
 
 
 def test_bfloat16_differs_by_its_rounding_only(tiny: Tiny) -> None:
@@ -157,6 +164,42 @@ def test_compiled_code_can_ask_whether_there_are_kernels() -> None:
     assert torch.equal(
         torch.compile(chosen, backend="eager", fullgraph=True)(torch.zeros(2)), expected
     )
+
+
+def test_generate_compiles_with_a_static_cache(model) -> None:
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    ids = token_ids(8)[:1]
+    expected = model.generate(ids, **options)
+    compile_config = CompileConfig(backend=backend, mode="default", fullgraph=True)
+    compile_config._compile_all_devices = True  # on a GPU that is so by itself
+    found = model.generate(
+        ids, **options, cache_implementation="static", compile_config=compile_config
+    )
+    assert graphs > 0
+    assert torch.equal(found, expected)
+
+
+def test_the_packed_experts_stay_whole_in_a_parallel_model() -> None:
+    """Whichever way a version of transformers asks: with the plan or with the config."""
+    config = AutoConfig.for_model("qwen3_moe")
+    before = dict(type(config).base_model_tp_plan)
+    quantizer = TenpQuantizer(TenpConfig())
+    asked = dict(before)
+    quantizer.update_parallel_plan(None, asked)
+    quantizer.update_tp_plan(config)
+    assert config.base_model_tp_plan == asked
+    assert asked.keys() == {name for name in before if ".experts" not in name} != before.keys()
+    assert type(config).base_model_tp_plan == before
+    routed = {"layers.*.mlp.gate": "ep_router", "layers.*.mlp.experts": "moe_tp_experts"}
+    quantizer.update_parallel_plan(None, routed)
+    assert not routed
 
 
 def test_all_weights_can_be_trained_and_get_the_gradients_of_the_masked_model(tiny: Tiny) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import (
     HfQuantizer,
@@ -153,6 +153,8 @@ class TenpQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
+        for part in (model.config, model.config.get_text_config()):
+            vars(part).pop("base_model_ep_plan", None)  # 5.17 would write it to config.json
         # Before 5.21, converted weights of a quantized checkpoint keep the dtype of the file.
         for name, module in model.named_modules():
             if isinstance(module, TenpExperts):
@@ -165,10 +167,22 @@ class TenpQuantizer(HfQuantizer):
                     )
         return model
 
-    def update_parallel_plan(self, model: PreTrainedModel, plan: dict[str, str]) -> None:
+    def update_parallel_plan(self, model: PreTrainedModel | None, plan: dict[str, str]) -> None:
         """Leave the packed experts whole: their rows belong to experts of different widths."""
-        for name in [name for name in plan if "experts" in name]:
-            del plan[name]
+        for name in list(plan):
+            # A router of this kind sends a process the tokens of its own experts only.
+            if "experts" in name or plan[name] == "ep_router":
+                del plan[name]
+
+    def update_tp_plan(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The same where transformers, as 5.17 does, asks before there is a model."""
+        for part in (config, config.get_text_config()):
+            for kind in ("base_model_tp_plan", "base_model_ep_plan"):
+                if (shared := getattr(part, kind, None)) is not None:
+                    plan = dict(shared)  # by all configs of the class
+                    self.update_parallel_plan(None, plan)
+                    setattr(part, kind, plan)
+        return config
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """`save_pretrained` writes the per-expert tensors back."""
@@ -177,6 +191,11 @@ class TenpQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         """The weights are ordinary floating-point numbers, unless they are int8."""
+        return not self.quantization_config.is_int8
+
+    @property
+    def is_compileable(self) -> bool:
+        """`generate` may compile what runs in kernels on every device, which int8 does not."""
         return not self.quantization_config.is_int8
 
     @property
