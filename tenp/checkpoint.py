@@ -190,13 +190,21 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Stored parameters."""
+        """Parameters of all tensors, without scales."""
         return sum(entry.elements for entry in self.tensors.values())
 
     @property
     def bytes(self) -> int:
-        """Stored bytes of all tensors."""
+        """Bytes of all tensors when they are read; weights in float8, MXFP4 and int8 count as what they stand for."""
         return sum(entry.bytes for entry in self.tensors.values())
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors in the files, with those of their scales."""
+        return sum(
+            entry.stored_bytes + (entry.scales.stored_bytes if entry.scales else 0)
+            for entry in self.tensors.values()
+        )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -142,7 +142,7 @@ def finished_statistics(work: WorkDirectory | None) -> Statistics | None:
     return Statistics.load(path) if path is not None and path.exists() else None
 
 
-def keep_statistics(work: WorkDirectory | None, statistics: Statistics) -> None:
+def keep_finished(work: WorkDirectory | None, statistics: Statistics) -> None:
     """Keep finished statistics in the work directory."""
     if work is not None and work.rank == 0:
         statistics.save(work.path / _STATISTICS_FILE)
@@ -239,7 +239,7 @@ def calibrate_streamed(
     finally:
         storage.close()
         reader.close()
-    keep_statistics(work, statistics)
+    keep_finished(work, statistics)
     return statistics
 
 

@@ -109,8 +109,8 @@ class LayerwiseModel:
         """Where the weights are read from."""
         return self._reader.checkpoint
 
-    def stored_bytes(self, name: str) -> int:
-        """Return the bytes of a tensor of the checkpoint; of one expert's part if it holds all."""
+    def loaded_bytes(self, name: str) -> int:
+        """Return the bytes of a tensor when it is read; of one expert's part if it holds all."""
         entry = self._reader.checkpoint.tensors[name]
         part = self._expert_names.get(name)
         return entry.bytes // (entry.shape[0] if part and part.expert is None else 1)

@@ -153,7 +153,7 @@ def forecast(
     for layer in range(last + 1):
         own = _own_parameters(model, layer)
         held = sum(parameter.numel() for parameter in own) * size
-        held += max(_stored(model, layer, experts=False), default=0)  # one tensor being converted
+        held += max(_loaded(model, layer, experts=False), default=0)  # one tensor being converted
         widest = max(widest, sum(p.shape[0] for p in own if p.ndim == 2))
         if layer == 0:
             held += known * hidden * size
@@ -162,7 +162,7 @@ def forecast(
             one = sum(p[0].numel() for p in experts.module.parameters()) * size
             # Of the expert in the making there are, for a moment, the parts and the whole.
             count = READ_AHEAD + 3 if setup.stream == "experts" else experts.num_experts + 2
-            held += count * one + max(_stored(model, layer, experts=True), default=0)
+            held += count * one + max(_loaded(model, layer, experts=True), default=0)
         weights.append(held)
     between = 0
     if setup.offload != "disk":
@@ -192,11 +192,11 @@ def _own_parameters(model: LayerwiseModel, layer: int) -> list[torch.Tensor]:
     return [p for p in model.layers[layer].parameters() if p not in routed]
 
 
-def _stored(model: LayerwiseModel, layer: int, experts: bool) -> Iterable[int]:
+def _loaded(model: LayerwiseModel, layer: int, experts: bool) -> Iterable[int]:
     """Bytes that reading takes for each of a layer's tensors, or for one expert's part of it."""
     for name in model.names(layer, experts):
         # Float8 becomes float32 before it becomes bfloat16.
-        yield model.stored_bytes(name) * (3 if model.checkpoint.tensors[name].scales else 1)
+        yield model.loaded_bytes(name) * (3 if model.checkpoint.tensors[name].scales else 1)
 
 
 def _batch_bytes(model: LayerwiseModel, setup: Setup, batch: int, longest: int, widest: int) -> int:

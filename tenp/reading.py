@@ -215,7 +215,7 @@ class LazyTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Its stored dtype."""
+        """The dtype that it is read in."""
         return self._reader.checkpoint.tensors[self._name].dtype
 
 

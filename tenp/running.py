@@ -171,7 +171,7 @@ def calibrate(
     if run.second_pass:
         second_pass.collect(model, samples, statistics, run.batch_tokens, progress)
     if answered is not None:  # with answers, the directory does not say which run they are of
-        execution.keep_statistics(work, statistics)
+        execution.keep_finished(work, statistics)
     return statistics
 
 

@@ -13,11 +13,12 @@ class Source:
     Attributes:
         fingerprint: `Checkpoint.fingerprint`; two checkpoints with one fingerprint are the same.
         architecture: The model class of `config.json`, for example `Qwen2MoeForCausalLM`.
-        parameters: Stored parameters of the whole model.
-        bytes: Stored bytes of the whole model.
+        parameters: Parameters of the whole model.
+        bytes: Bytes of the whole model when it is read: weights in float8 and MXFP4 count as the bfloat16
+            that they stand for, in which a pruned copy has them.
         neuron_parameters: Parameters of one routed neuron: its gate row, up row, down column and
             biases, 3 `H` for a plain SwiGLU expert.
-        neuron_bytes: Stored bytes of one routed neuron.
+        neuron_bytes: The same of one routed neuron.
     """
 
     fingerprint: str

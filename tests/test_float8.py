@@ -102,6 +102,13 @@ def test_calibrating_and_pruning(
         assert torch.equal(Reader(ours).read(name), Reader(theirs).read(name))
 
 
+def test_stored_bytes_are_those_of_the_file(float8_model: Path) -> None:
+    checkpoint = Checkpoint(float8_model)
+    tensors = load_file(float8_model / "model.safetensors").values()
+    assert checkpoint.stored_bytes == sum(tensor.nbytes for tensor in tensors)
+    assert checkpoint.stored_bytes < checkpoint.bytes == 2 * checkpoint.parameters
+
+
 def test_in_memory_is_refused(float8_model: Path, text_file: Path, command: Command) -> None:
     result = command(
         "calibrate", float8_model, "--calibration", text_file, "--stream", "none", "--out", "x"
