@@ -10,8 +10,9 @@ statistics, are those of `tenp.calibration`, so the results are the same bits.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -83,6 +84,29 @@ class Progress(Protocol):
 
 class _Recorded(Exception):
     """Ends a forward when the input of the experts is known."""
+
+
+def run_batch(model: LayerwiseModel, layer: int, batch: Batch, hidden: Tensor | None) -> Tensor:
+    """Run a loaded layer on one batch, wherever the batch and its hidden states are kept."""
+    device = model.device
+    before = None if hidden is None else hidden.to(device)
+    return model.run(layer, batch.ids.to(device), batch.mask.to(device), before)
+
+
+def run_to_experts(
+    model: LayerwiseModel, layer: int, batch: Batch, hidden: Tensor | None
+) -> Routed:
+    """Run a layer on one batch as `run_batch` does, up to its experts, and return what they would get."""
+    recorded: list[Routed] = []
+
+    def record(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        attended = batch.attended.to(x.device)
+        recorded.append(route(model.experts[layer], x, index, weights, attended))
+        raise _Recorded
+
+    with suppress(_Recorded), experts_replaced(model.model, record):
+        run_batch(model, layer, batch, hidden)
+    return recorded[0]
 
 
 class StreamedRun:
@@ -184,7 +208,8 @@ class StreamedRun:
             experts = model.experts[layer]
             note_weights(experts, sums)
             with model.cached(layer + 1):
-                outputs = self._forward(layer, self.hidden, self._measuring(experts, sums))
+                add = functools.partial(self._add_measured, experts, sums)
+                outputs = self._forward(layer, self.hidden, self._standing_in(experts, add))
             self._group.add_in_order(sums, self._take_contributions())
         if sums is not None:
             self._group.tell_all(sums)
@@ -208,8 +233,13 @@ class StreamedRun:
                 outputs = self._forward(layer, self.hidden, _returning(results))
             else:
                 apart = [self._alone(experts, read(e)) for e in range(experts.num_experts)]
+
+                def add(batch: Batch, routed: Routed, out: Tensor) -> None:
+                    for expert, one in enumerate(apart):
+                        run_expert(one, routed, out, expert)
+
                 with self._model.cached(layer + 1):
-                    outputs = self._forward(layer, self.hidden, self._computing(experts, apart))
+                    outputs = self._forward(layer, self.hidden, self._standing_in(experts, add))
         self._free(layer)
         self.hidden = outputs
 
@@ -252,7 +282,9 @@ class StreamedRun:
         for number, batch in enumerate(self._batches):
             function = experts(number) if experts else _no_experts
             with experts_replaced(self._model.model, function):
-                result = self._run(layer, hidden, number)
+                result = run_batch(
+                    self._model, layer, batch, None if hidden is None else hidden[number]
+                )
             if not outputs:
                 outputs = self._room(result.dtype, result.shape[-1])
             outputs[number].copy_(result)
@@ -260,38 +292,10 @@ class StreamedRun:
                 self._report(layer, "", batch.tokens)
         return outputs
 
-    def _run(self, layer: int, hidden: list[Tensor] | None, number: int) -> Tensor:
-        batch = self._batches[number]
-        return self._model.run(
-            layer,
-            batch.ids.to(self._device),
-            batch.mask.to(self._device),
-            None if hidden is None else hidden[number].to(self._device),
-        )
-
-    def _measuring(
-        self, experts: Experts, sums: LayerStatistics
+    def _standing_in(
+        self, experts: Experts, add: Callable[[Batch, Routed, Tensor], None]
     ) -> Callable[[int], Callable[..., Tensor]]:
-        def of_batch(number: int) -> Callable[..., Tensor]:
-            batch = self._batches[number]
-
-            def compute(
-                module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor
-            ) -> Tensor:
-                routed = route(experts, hidden, index, weights, batch.attended.to(hidden.device))
-                out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-                with self._sums(sums, batch) as mine:
-                    add_experts(experts, routed, mine, out)
-                return out.to(hidden.dtype)
-
-            return compute
-
-        return of_batch
-
-    def _computing(
-        self, experts: Experts, apart: Sequence[Experts]
-    ) -> Callable[[int], Callable[..., Tensor]]:
-        """Batch to a function that computes what the experts do, each in a module of its own."""
+        """Batch to a function that stands in for the experts; `add` adds what they put out."""
 
         def of_batch(number: int) -> Callable[..., Tensor]:
             batch = self._batches[number]
@@ -301,13 +305,18 @@ class StreamedRun:
             ) -> Tensor:
                 routed = route(experts, hidden, index, weights, batch.attended.to(hidden.device))
                 out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-                for expert, one in enumerate(apart):
-                    run_expert(one, routed, out, expert)
+                add(batch, routed, out)
                 return out.to(hidden.dtype)
 
             return compute
 
         return of_batch
+
+    def _add_measured(
+        self, experts: Experts, sums: LayerStatistics, batch: Batch, routed: Routed, out: Tensor
+    ) -> None:
+        with self._sums(sums, batch) as mine:
+            add_experts(experts, routed, mine, out)
 
     def _run_experts_apart(
         self, layer: int, sums: LayerStatistics, is_last: bool
@@ -405,24 +414,14 @@ class StreamedRun:
         """Run a layer up to its experts on all batches and return what they would get."""
         recorded: list[Routed] = []
         inputs: list[Tensor] = []
-        for number in range(len(self._batches)):
-
-            def record(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-                attended = self._batches[number].attended.to(hidden.device)  # noqa: B023
-                recorded.append(route(experts, hidden, index, weights, attended))
-                raise _Recorded
-
-            try:
-                with experts_replaced(self._model.model, record):
-                    self._run(layer, hidden, number)
-            except _Recorded:
-                pass
-            routed = recorded[number]
+        for number, batch in enumerate(self._batches):
+            before = None if hidden is None else hidden[number]
+            routed = run_to_experts(self._model, layer, batch, before)
             if not inputs:
                 shapes = [(b.ids.numel(), routed.hidden.shape[1]) for b in self._batches]
                 inputs = self._storage.allocate(shapes, routed.hidden.dtype)
             inputs[number].copy_(routed.hidden)
-            recorded[number] = dataclasses.replace(routed, hidden=inputs[number])
+            recorded.append(dataclasses.replace(routed, hidden=inputs[number]))
         return recorded
 
     def _room(self, dtype: torch.dtype, size: int) -> list[Tensor]:

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tenp import adapter
 from tenp.adapter import Experts, ExpertTensor, experts_replaced
-from tenp.calibration import Routed, route
+from tenp.calibration import Routed
 from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError
 from tenp.layerwise import LayerwiseModel, expert_reader
 from tenp.plan import Plan
 from tenp.reading import Reader, read_ahead
+from tenp.streaming import Batch, run_batch, run_to_experts
 
 #: float32 sums over fewer terms differ by about 1e-6 of the largest output.
 _BOUND = 1e-5
@@ -34,10 +35,6 @@ _SUBSTITUTES = 8
 _BLOCK = 1 << 22
 
 Refit = Callable[[ExpertTensor, Tensor], Tensor]
-
-
-class _Recorded(Exception):
-    """Ends a forward when the input of the experts is known."""
 
 
 @torch.no_grad()
@@ -73,17 +70,17 @@ def verify(
             progress("copied tensors", entry.bytes)
     vocabulary = adapter.vocabulary(model.model)
     ids = torch.randint(vocabulary, (2, 64), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
+    batch = Batch(0, ids, torch.ones_like(ids))
     model.set_embeddings(ids)
     hidden: Tensor | None = None
     for layer in range(max(model.experts) + 1):
         model.load(layer)
         if layer not in model.experts:
-            hidden = model.run(layer, ids, mask, hidden)
+            hidden = run_batch(model, layer, batch, hidden)
             model.free(layer)
             continue
         experts = model.experts[layer]
-        routed = _record(model, layer, ids, mask, hidden)
+        routed = run_to_experts(model, layer, batch, hidden)
         dense = _dense_reader(experts, tensors, source, plan.keep[layer], refit)
         narrow = expert_reader(experts, pruned, result, torch.float32)
         pairs = read_ahead(
@@ -100,7 +97,7 @@ def verify(
             progress(f"layer {layer}", read)
         if layer < max(model.experts):
             with experts_replaced(model.model, lambda *_, out=out: out):
-                hidden = model.run(layer, ids, mask, hidden)
+                hidden = run_batch(model, layer, batch, hidden)
         model.free(layer)
     source.close()
     result.close()
@@ -153,24 +150,6 @@ def _dense_reader(
         return parameters
 
     return masked
-
-
-def _record(
-    model: LayerwiseModel, layer: int, ids: Tensor, mask: Tensor, hidden: Tensor | None
-) -> Routed:
-    """Run a layer up to its experts and return what they would get."""
-    recorded: list[Routed] = []
-
-    def record(module: nn.Module, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        recorded.append(route(model.experts[layer], x, index, weights, mask.flatten().bool()))
-        raise _Recorded
-
-    try:
-        with experts_replaced(model.model, record):
-            model.run(layer, ids, mask, hidden)
-    except _Recorded:
-        pass
-    return recorded[0]
 
 
 def _is_copied(name: str, source: Reader, result: Reader) -> bool:
