@@ -64,7 +64,7 @@ class Group:
         for number, count in enumerate(tokens):
             remaining = len(tokens) - number
             wanted = self.size - len(begins)  # stretches that have not begun
-            is_due = seen * self.size >= total * len(begins) and number > begins[-1]
+            is_due = seen * self.size >= total * len(begins)
             if wanted and (is_due or remaining == wanted) and number > begins[-1]:
                 begins.append(number)
             seen += count

@@ -69,6 +69,8 @@ class LayerwiseModel:
         experts: Decoder layer index to its routed experts, for the layers that have some.
         dtype: To compute in.
         device: To compute on.
+        returned: Layer to the number of values that it returns, 0 for no tuple; of the layers run so far,
+            here or in the run that this one goes on from.
 
     Args:
         reader: The checkpoint.
@@ -98,7 +100,7 @@ class LayerwiseModel:
         self.layers: Any = self.model.get_submodule(self._path)
         self._targets = adapter.model_names(self.model, reader.checkpoint.tensors)
         self._expert_names = adapter.expert_tensors(self.model, reader.checkpoint.tensors)
-        self._returned: dict[int, int] = {}  # layer: how many values it returns, 0 for no tuple
+        self.returned: dict[int, int] = {}
         self._load_rest()
 
     def __len__(self) -> int:
@@ -313,29 +315,24 @@ class LayerwiseModel:
             for module in (*self.layers, embedding):
                 module.__dict__.pop("forward", None)
 
-    @property
-    def returned(self) -> dict[int, int]:
-        """Layer to the number of values that it returns, 0 for no tuple; of the layers run so far."""
-        return self._returned
-
     def expert_reader(self, layer: int) -> Callable[[int], dict[str, Tensor]]:
         """Return a function that reads the parameters of one expert of a layer; any thread may call it."""
         return expert_reader(self.experts[layer], self._expert_names, self._reader, self.dtype)
 
     def _note(self, layer: int, output: Any) -> Tensor:
         if isinstance(output, Tensor):
-            self._returned[layer] = 0
+            self.returned[layer] = 0
             return output
         if any(value is not None for value in output[1:]):
             raise Unsupported(
                 f"{type(self.model).__name__} cannot run layer by layer: layer {layer} returns more than hidden "
                 "states; use --stream none"
             )
-        self._returned[layer] = len(output)
+        self.returned[layer] = len(output)
         return output[0]
 
     def _handing_on(self, layer: int) -> Callable[..., Any]:
-        values = self._returned[layer]
+        values = self.returned[layer]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]

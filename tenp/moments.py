@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from math import isqrt
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from tenp import devices
 from tenp.adapter import Experts
 from tenp.errors import InvalidArgument, Unsupported
 from tenp.samples import Samples
-from tenp.statistics import ALL_STATISTICS, Domain, LayerStatistics, Statistics
+from tenp.statistics import ALL_STATISTICS, Domain, LayerStatistics, Statistics, unpacked_size
 
 #: Disjoint halves of the calibration samples: what is chosen on one is tested on the other.
 FOLDS = 2
@@ -30,11 +29,6 @@ FOLDS = 2
 def packed_size(size: int) -> int:
     """Return how many numbers a symmetric `[size, size]` matrix is packed into."""
     return size * (size + 1) // 2
-
-
-def unpacked_size(size: int) -> int:
-    """Return n of the symmetric `[n, n]` matrices that are packed into `size` numbers."""
-    return (isqrt(8 * size + 1) - 1) // 2
 
 
 def pack(matrices: Tensor) -> Tensor:

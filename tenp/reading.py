@@ -162,12 +162,11 @@ def dequantize(weight: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor
         scales: `[ceil(R / block[0]), ceil(C / block[1])]`; blocks at the edges may be smaller.
         block: Rows and columns of a block.
     """
-    rows, columns = weight.shape
-    spread = scales.float().repeat_interleave(block[1], dim=1)[:, :columns]
+    spread = scales.float().repeat_interleave(block[1], dim=1)[:, : weight.shape[1]]
     result = weight.float()
     for number, band in enumerate(result.split(block[0])):
         band.mul_(spread[number])
-    return result[:rows]
+    return result
 
 
 #: The 16 values of 4 bits: a sign, two bits of exponent and one of mantissa.

@@ -120,7 +120,6 @@ class Statistics:
         domains: Iterable[Domain],
         shapes: Mapping[int, tuple[int, int]],
         settings: dict[str, Any],
-        device: torch.device | str = "cpu",
         hidden: int = 0,
     ) -> Statistics:
         """Return statistics of no token at all.
@@ -130,7 +129,6 @@ class Statistics:
             domains: The domains, which set `D`.
             shapes: Decoder layer index to (experts `E`, full width `I`).
             settings: Kept as they are.
-            device: Where the sums are kept.
             hidden: H, the hidden size.
         """
         domains = tuple(domains)
@@ -140,7 +138,7 @@ class Statistics:
             shape: tuple[int, ...] = (experts, *last)
             if statistic.merge != "weights":
                 shape = (len(domains), *shape)
-            return torch.zeros(shape, dtype=statistic.dtype, device=device)
+            return torch.zeros(shape, dtype=statistic.dtype)
 
         layers = {
             layer: {name: empty(statistic, *shape) for name, statistic in STATISTICS.items()}
@@ -246,6 +244,7 @@ def _shape(statistic: Statistic, domains: int, layer: LayerStatistics) -> tuple[
     """What a statistic's shape must be, given the others of its layer."""
     experts, width = layer["down_norm"].shape
     pairs = layer["down_gram"].shape[1:] if "down_gram" in layer else ()
+    size = unpacked_size(pairs[0]) if pairs else 0
     hidden = layer["input_energy"].shape[2:]
     expected = {
         "expert": (experts,),
@@ -254,7 +253,7 @@ def _shape(statistic: Statistic, domains: int, layer: LayerStatistics) -> tuple[
         "layer": (),
         "pair": (experts, *pairs),
         "fold pair": (experts, *pairs),
-        "fold square": (experts, *_square(pairs)),
+        "fold square": (experts, size, size),
         "fold expert": (experts,),
     }[statistic.per]
     if statistic.merge == "weights":
@@ -262,10 +261,9 @@ def _shape(statistic: Statistic, domains: int, layer: LayerStatistics) -> tuple[
     return (2 * domains if statistic.has_folds else domains, *expected)
 
 
-def _square(pairs: tuple[int, ...]) -> tuple[int, ...]:
-    """`[n, n]` for the packed `[n (n + 1) / 2]`."""
-    size = (isqrt(8 * pairs[0] + 1) - 1) // 2 if pairs else 0
-    return size, size
+def unpacked_size(size: int) -> int:
+    """Return n of the symmetric `[n, n]` matrices that are packed into `size` numbers."""
+    return (isqrt(8 * size + 1) - 1) // 2
 
 
 def domain_weights_of(domains: Sequence[str], given: Mapping[str, float]) -> list[float]:

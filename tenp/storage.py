@@ -55,7 +55,7 @@ class Storage:
         self._names += 1
         path = self._directory / f"activations-{os.getpid()}-{self._names}.tmp"
         try:
-            return map_file(path, shapes, dtype, create=True)
+            return map_file(path, shapes, dtype)
         finally:
             path.unlink(
                 missing_ok=True
@@ -67,20 +67,14 @@ class Storage:
             shutil.rmtree(self._directory, ignore_errors=True)
 
 
-def map_file(
-    path: Path,
-    shapes: Sequence[Sequence[int]],
-    dtype: torch.dtype,
-    create: bool = False,
-) -> list[Tensor]:
-    """Return tensors whose memory is a file's, one after another.
+def map_file(path: Path, shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list[Tensor]:
+    """Return zeros whose memory is a new file's, one after another.
 
     Args:
-        path: The file.
+        path: The file. All its room is taken on the disk: else a full disk would be noticed only by
+            the death of the process.
         shapes: Of the tensors.
         dtype: Of all of them.
-        create: Make the file first, with all its room taken on the disk: without, a full disk would
-            be noticed only by the death of the process.
 
     Raises:
         CheckpointError: The file cannot be made, for example because the disk is full.
@@ -89,15 +83,14 @@ def map_file(
     total = sum(counts)
     if total == 0:
         return [torch.zeros(tuple(shape), dtype=dtype) for shape in shapes]
-    if create:
-        try:
-            with path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, total * dtype.itemsize)
-        except OSError as error:
-            path.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"{path} needs {total * dtype.itemsize / 2**20:.1f} MiB, but cannot be written: {error.strerror}"
-            ) from error
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, total * dtype.itemsize)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path} needs {total * dtype.itemsize / 2**20:.1f} MiB, but cannot be written: {error.strerror}"
+        ) from error
     whole = torch.from_file(str(path), shared=True, size=total, dtype=dtype)
     return [
         piece.view(tuple(shape)) for piece, shape in zip(whole.split(counts), shapes, strict=True)
