@@ -13,7 +13,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +27,6 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
 )
-from safetensors import safe_open
 from torch import Tensor
 
 from tenp.errors import CheckpointError
@@ -177,16 +176,6 @@ class Checkpoint:
     def shards(self) -> list[str]:
         """Return the file names of the shards, in order."""
         return list(dict.fromkeys(entry.shard for entry in self.tensors.values()))
-
-    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield tensors one by one, as they are stored; each shard is opened once while its names follow each other."""
-        opened: str | None = None
-        file: Any = None
-        for name in names:
-            entry = self.tensors[name]
-            if entry.shard != opened:
-                opened, file = entry.shard, safe_open(self.directory / entry.shard, "pt")
-            yield name, file.get_tensor(name)
 
     @property
     def parameters(self) -> int:

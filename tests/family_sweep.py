@@ -34,6 +34,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from support.shrinking import VOCABULARY, tiny_configs
+from support.tiny_models import stored_tensors
 from tenp import adapter, calibration, evaluation, planning, pruning, scoring
 from tenp.checkpoint import Checkpoint
 from tenp.errors import Unsupported
@@ -210,7 +211,7 @@ def resave(subject: Subject) -> None:
     _require_equal(_logits(subject.load("again")), subject.logits)
     if subject.is_of_hub:
         ours, theirs = (Checkpoint(subject.root / name) for name in ("again", "pruned"))
-        ours, theirs = (dict(checkpoint.read(checkpoint.tensors)) for checkpoint in (ours, theirs))
+        ours, theirs = (stored_tensors(checkpoint) for checkpoint in (ours, theirs))
         differ = ours.keys() ^ theirs.keys()
         _require(not differ, f"other names {sorted(differ)[:2]}")
         differ = {name for name, tensor in theirs.items() if not torch.equal(tensor, ours[name])}

@@ -39,15 +39,6 @@ def test_entries_are_what_the_files_hold(tiny: Tiny) -> None:
     assert tiny.checkpoint.bytes == 4 * tiny.checkpoint.parameters
 
 
-def test_tensors_are_read_in_the_order_asked_for(tiny: Tiny) -> None:
-    names = list(reversed(tiny.checkpoint.tensors))
-    read = dict(tiny.checkpoint.read(names))
-    assert list(read) == names
-    for path in _shards(tiny.directory):
-        for name, tensor in load_file(path).items():
-            assert torch.equal(read[name], tensor)
-
-
 def test_a_model_in_one_file_needs_no_index(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     save_file({"x": torch.ones(2, 3)}, tmp_path / "model.safetensors")

@@ -13,7 +13,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from family_sweep import experts_classes, lines_of_tables
 from support.shrinking import tiny_configs
-from support.tiny_models import FAMILIES, make_model, make_samples, save_model, token_ids
+from support.tiny_models import (
+    FAMILIES,
+    make_model,
+    make_samples,
+    save_model,
+    stored_tensors,
+    token_ids,
+)
 from tenp import adapter, calibration, evaluation, planning, pruning, scoring
 from tenp.checkpoint import Checkpoint
 from tenp.errors import Unsupported
@@ -137,7 +144,7 @@ def test_saving_again_writes_the_same_tensors(family: Family, tmp_path: Path) ->
     family.pruned.save_pretrained(tmp_path / "again", max_shard_size="150KB")
     ours, theirs = Checkpoint(tmp_path / "again"), Checkpoint(family.root / "pruned")
     assert ours.tensors.keys() == theirs.tensors.keys()
-    again, before = (dict(c.read(c.tensors)) for c in (ours, theirs))
+    again, before = (stored_tensors(c) for c in (ours, theirs))
     for name, tensor in before.items():
         assert torch.equal(again[name], tensor), name
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from support.fixtures import Tiny
+from support.tiny_models import stored_tensors
 from tenp import dropping, planning, pruning
 from tenp.checkpoint import Checkpoint
 from tenp.planning import Budget
@@ -24,7 +25,7 @@ def write_gguf(directory: Path, path: Path) -> dict[str, torch.Tensor]:
     config: dict[str, Any] = checkpoint.config
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2MOE, config["num_hidden_layers"])
     tensors: dict[str, Any] = {}
-    for name, tensor in checkpoint.read(checkpoint.tensors):
+    for name, tensor in stored_tensors(checkpoint).items():
         expert = re.fullmatch(r"(.*\.experts)\.\d+\.(.*)", name)
         if expert is None:
             tensors[name] = tensor

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from support.fixtures import Command, Tiny, files_of
 from support.op_cases import FLOAT_DTYPES
-from support.tiny_models import make_samples, save_model, token_ids
+from support.tiny_models import make_samples, save_model, stored_tensors, token_ids
 from tenp import adapter, calibration, equivalence, pipeline, planning, pruning, rounding, scoring
 from tenp.checkpoint import Checkpoint
 from tenp.errors import CheckpointError, InvalidArgument, Unsupported
@@ -77,13 +77,13 @@ def int8(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_checkpoint_holds_the_kept_weights_rounded(tiny: Tiny, int8: Path) -> None:
     kept = Checkpoint(tiny.pruned)
+    weights = stored_tensors(kept)
     stored = {name: tensor for path in int8.glob("*.safetensors") for name, tensor in load_file(path).items()}  # fmt: skip
     experts = [name for name in stored if stored[name].dtype == torch.int8]
     assert len(experts) == 3 * 3 * 6
     for name in experts:
         neurons = 1 if "down_proj" in name else 0
-        [(_, weight)] = kept.read([name])
-        q, scale = quantize(weight, neurons)
+        q, scale = quantize(weights[name], neurons)
         assert torch.equal(stored[name], q)
         of_scale = stored[name.removesuffix("weight") + "scale"]
         assert torch.equal(of_scale, scale.unsqueeze(1 - neurons))
@@ -118,7 +118,7 @@ def test_saving_and_loading_changes_nothing(int8: Path, tmp_path: Path) -> None:
         assert torch.equal(again(token_ids()).logits, model(token_ids()).logits)
     stored = [Checkpoint(directory) for directory in (int8, tmp_path / "again")]
     assert stored[0].tensors.keys() == stored[1].tensors.keys()
-    before, after = (dict(c.read(c.tensors)) for c in stored)
+    before, after = (stored_tensors(c) for c in stored)
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor), name
 

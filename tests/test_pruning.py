@@ -13,7 +13,7 @@ from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 
 from support.fixtures import Tiny, files_of
-from support.tiny_models import save_model
+from support.tiny_models import save_model, stored_tensors
 from tenp import adapter, equivalence, moments, pipeline, planning, pruning
 from tenp.checkpoint import INDEX_FILE, Checkpoint
 from tenp.errors import CheckpointError, InvalidArgument, PlanError, Unsupported
@@ -26,8 +26,8 @@ _EXPERT = re.compile(r"layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj")
 
 def test_experts_keep_their_neurons_and_nothing_else_changes(tiny: Tiny) -> None:
     pruned = Checkpoint(tiny.pruned)
-    before = dict(tiny.checkpoint.read(tiny.checkpoint.tensors))
-    after = dict(pruned.read(pruned.tensors))
+    before = stored_tensors(tiny.checkpoint)
+    after = stored_tensors(pruned)
     assert after.keys() == before.keys()
     for name, tensor in before.items():
         if found := _EXPERT.search(name):
@@ -138,11 +138,9 @@ def test_keeping_everything_writes_the_dense_model(tiny: Tiny, tmp_path: Path) -
     pruning.apply(tiny.checkpoint, plan, tmp_path / "out")
     written = Checkpoint(tmp_path / "out")
     assert written.config == tiny.checkpoint.config
-    for (name, ours), (_, theirs) in zip(
-        written.read(tiny.checkpoint.tensors), tiny.checkpoint.read(tiny.checkpoint.tensors),
-        strict=True,
-    ):  # fmt: skip
-        assert torch.equal(ours, theirs), name
+    after = stored_tensors(written)
+    for name, tensor in stored_tensors(tiny.checkpoint).items():
+        assert torch.equal(after[name], tensor), name
 
 
 def test_equal_widths_change_the_config_only_where_it_gives_the_width(

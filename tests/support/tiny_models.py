@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tenp.checkpoint import Checkpoint
 from tenp.samples import Samples
 
 #: Every byte, and the special tokens.
@@ -171,3 +173,10 @@ def logit_difference(model: PreTrainedModel, reference: PreTrainedModel, ids: Te
     ours = model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
     theirs = reference(input_ids=ids.to(reference.device), use_cache=False).logits.float().cpu()
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint as its files have them, without the scales of others."""
+    files = [load_file(checkpoint.directory / shard) for shard in checkpoint.shards()]
+    stored = {name: tensor for file in files for name, tensor in file.items()}
+    return {name: stored[name] for name in checkpoint.tensors}
