@@ -20,7 +20,7 @@ from support.fixtures import Command, Result, Tiny, files_of
 from support.tiny_models import make_tokenizer, save_model
 from tenp import adapter, calibration, devices, files, streaming
 from tenp.checkpoint import INDEX_FILE, ShardWriter
-from tenp.errors import InvalidArgument
+from tenp.errors import CheckpointError, InvalidArgument
 
 
 @pytest.fixture
@@ -225,6 +225,24 @@ def test_a_gpu_that_this_build_cannot_use(prune, tiny: Tiny, monkeypatch, stream
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     refused = "device cuda must be one that tenp has kernels for, but there are no kernels; use"
     _assert_refused(prune(tiny.directory, "--device", "cuda", "--stream", stream), refused)
+
+
+def test_auto_spreads_no_model_over_gpus_that_this_build_cannot_use(
+    tiny: Tiny, monkeypatch
+) -> None:
+    monkeypatch.setattr(devices, "_cuda_trouble", lambda: "there are no kernels")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert devices.resolve("auto") == "cpu"
+    used = []
+
+    def from_pretrained(*arguments, device_map: str, **options):
+        used.append(device_map)
+        raise OSError("stopped")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", from_pretrained)
+    with pytest.raises(CheckpointError, match="stopped"):
+        adapter.load_model(tiny.directory, device="auto")
+    assert used == ["cpu"]
 
 
 # ---- the text ----
