@@ -106,7 +106,7 @@ class TenpExperts(nn.Module):
         )
 
     def _kernel_serves(self, hidden: Tensor, gates: Tensor) -> bool:
-        """With int8 weights there is a kernel for the CPU, and none for gradients."""
+        """Not every build has kernels for a GPU; with int8 weights there is one for the CPU, and none for gradients."""
         if hidden.is_cuda and not devices.has_cuda():
             return False
         if self.down_proj_scale is None:
