@@ -179,16 +179,17 @@ void gemm_nt(const Gemm<T, W>& g) {
             M::copy(g.a[row + r] + k, depth, a + r * a_pitch);
         }
     };
-    if (g.rows <= kNtRows && g.depth % (kLanes * M::kDeep) == 0) {
-        // One tile of rows uses every value of B once: it is read where it is, whole rows at a
-        // time.
+    if (g.rows <= M::kTilesInPlace * kNtRows && g.depth % (kLanes * M::kDeep) == 0) {
+        // Few tiles of rows use every value of B: it is read where it is, whole rows at a time.
         constexpr std::int64_t kPitch = kNtDirectPitch<M>;
         for (std::int64_t k = 0; k == 0 || k < g.depth; k += kNtDirectDepth) {
             const std::int64_t depth = smaller(kNtDirectDepth, g.depth - k);
-            copy_a(0, k, depth, kPitch);
-            nt_tile_row<M, kPitch, true>(g, 0, a, k, depth, [&](std::int64_t column) {
-                return g.b[column] + k;
-            });
+            for (std::int64_t row = 0; row < g.rows; row += kNtRows) {
+                copy_a(row, k, depth, kPitch);
+                nt_tile_row<M, kPitch, true>(g, row, a, k, depth, [&](std::int64_t column) {
+                    return g.b[column] + k;
+                });
+            }
         }
         return;
     }

@@ -26,6 +26,9 @@ struct Singles {
     /// Values that are neighbours in depth and share a lane.
     static constexpr std::int64_t kDeep = 1;
 
+    /// Tiles of rows of A for which A B^T reads B where it is, and does not copy it.
+    static constexpr std::int64_t kTilesInPlace = 1;
+
     template <class T>
     [[gnu::always_inline]] static Vector lanes(const T* from) {
         return load(from);
@@ -70,6 +73,8 @@ struct Singles {
 struct Pairs {
     using Value = BFloat16;
     static constexpr std::int64_t kDeep = 2;
+    /// Nothing is to be converted, and L2 holds what tiles read again; with more a copy pays.
+    static constexpr std::int64_t kTilesInPlace = 8;
 
     [[gnu::always_inline]] static Bits lanes(const BFloat16* from) { return read<Bits>(from); }
 
