@@ -7,6 +7,8 @@ import os
 import shutil
 import socket
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 
 import tenp
 from support.fixtures import Command, Tiny, files_of
+from support.processes import begin_fork
 from support.tiny_models import make_tokenizer, save_model
 from tenp import devices, execution, running
 from tenp.distributed import Group
@@ -24,37 +27,48 @@ PROCESSES = 2
 
 
 def run_together(arguments: Sequence[object], processes: int = PROCESSES) -> list[int]:
-    """Run `tenp` in forks of this process, with the environment that torchrun gives; return exit codes."""
+    """Run `tenp` in forks of this process, with the environment that torchrun gives; return exit codes.
+
+    What they say is shown with a test that fails.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                silent = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(silent, 1)
-                os.dup2(silent, 2)
-                os.environ.update(
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    WORLD_SIZE=str(processes),
-                    MASTER_ADDR="localhost",
-                    MASTER_PORT=str(port),
-                )
-                sys.argv = ["tenp", *map(str, arguments)]
-                from tenp.cli import main
+    environment = {
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    with tempfile.TemporaryFile("w+") as said:
+        children = []
+        for rank in range(processes):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    silent = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(silent, 1)
+                    os.dup2(silent, 2)
+                    sys.stdout = sys.stderr = said
+                    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+                    begin_fork()
+                    sys.argv = ["tenp", *map(str, arguments)]
+                    from tenp.cli import main
 
-                main()
-                code = 0
-            except SystemExit as end:
-                code = end.code if isinstance(end.code, int) else int(end.code is not None)
-            finally:
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+                    main()
+                    code = 0
+                except SystemExit as end:
+                    code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    said.flush()
+                    os._exit(code)
+            children.append(child)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        said.seek(0)
+        print(said.read())
+    return codes
 
 
 @pytest.mark.parametrize(

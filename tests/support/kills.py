@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.processes import begin_fork
 from tenp import applying, files, pipeline, running
 from tenp.cli import main
 from tenp.sequential import Narrowing
@@ -126,6 +127,7 @@ def _child(arguments: Sequence[object], prepare: Callable[[], None], errors: str
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
         sys.stderr = os.fdopen(2, "w", closefd=False)
+        begin_fork()
         prepare()
         sys.argv = ["tenp", *map(str, arguments)]
         main()

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from tenp import _C
 
 TESTS = Path(__file__).parents[1]
@@ -16,6 +18,14 @@ import sys, types
 sys.modules["tenp"] = types.ModuleType("tenp")
 sys.modules["tenp"].__path__ = [{str(Path(_C.__file__).parent)!r}]
 """
+
+
+def begin_fork() -> None:
+    """What a fork of a process with torch does first, while it has one thread.
+
+    torch makes its pool of threads anew after a fork; of two threads that need it at once, one finds none.
+    """
+    torch.set_num_threads(1)
 
 
 def run_python(code: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
