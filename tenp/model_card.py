@@ -71,7 +71,7 @@ def model_card(
 | | before | after |
 |---|---|---|
 | parameters | {before.parameters:,} | {after.total_parameters():,} |
-| bytes | {before.bytes:,} | {after.total_bytes():,} |
+| bytes | {checkpoint.stored_bytes:,} | {after.total_bytes():,} |
 | routed parameters kept | 100 % | {plan.static_share():.2%} |
 | activated routed parameters kept | 100 % | {plan.activated_share:.2%} |
 {"".join(_cost_rows(cost) for cost in costs)}

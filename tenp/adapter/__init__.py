@@ -6,7 +6,7 @@ call `(hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k])`, and fla
 layout. `experts` finds these modules, shows their weights in one orientation whatever the flags
 say, and takes their place during calibration; `names` tells which checkpoint tensor feeds which of
 them, `configs` which fields set their shape, and `models` loads both.
-Written for transformers 5.17 to 5.23, and tested at both ends; no model family is named here.
+Written for transformers 5.17 to 5.24, and tested at both ends; no model family is named here.
 """
 
 from tenp.adapter.configs import (

@@ -266,7 +266,7 @@ Offload = Annotated[
     storage.Offload | None,
     _memory(
         help="Where hidden states stay between layers when streaming: device, ram, or a file on disk.",
-        show_default="ram, or disk if --memory needs it",
+        show_default="ram; disk if --memory needs it; a GPU without --memory that has room",
     ),
 ]
 WorkDir = Annotated[
