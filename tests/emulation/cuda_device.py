@@ -47,6 +47,7 @@ def install(build_dir: Path) -> None:
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: None,
         "get_device_capability": lambda device=None: (9, 0),
+        "is_bf16_supported": lambda including_emulation=True: True,
         "mem_get_info": lambda device=None: (1 << 34, 1 << 34),
         "memory_reserved": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,

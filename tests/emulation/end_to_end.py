@@ -44,6 +44,13 @@ def _tenp(device: str, *arguments: str | Path) -> Any:
     return json.loads(run.stdout)
 
 
+def _is_exact(plan: tenp.Plan, layer: int) -> bool:
+    """Whether what stays of a layer gives all calibration outputs, and rounding alone chose among equals."""
+    if plan.repair is None:
+        return False
+    return plan.repair.errors[layer]["repaired"] < _RELATIVE**2  # of squared outputs
+
+
 @pytest.mark.cuda
 def test_the_commands_give_the_statistics_the_plan_and_the_result_of_the_cpu(
     tmp_path: Path,
@@ -79,7 +86,10 @@ def test_the_commands_give_the_statistics_the_plan_and_the_result_of_the_cpu(
     for method, (cpu, cuda) in {"tenp": papers, "best": plans}.items():
         assert cpu.keep.keys() == cuda.keep.keys()
         for layer, keep in cpu.keep.items():
-            assert torch.equal(cuda.keep[layer], keep), (method, layer)
+            if not _is_exact(cpu, layer):
+                assert torch.equal(cuda.keep[layer], keep), (method, layer)
+            else:
+                assert _is_exact(cuda, layer), (method, layer)
     on_cpu, on_cuda = evaluations
     assert on_cuda["perplexity"] == pytest.approx(on_cpu["perplexity"], rel=1e-4)
     # A mean of differences of log-probabilities in float32, which round at 1e-6.
