@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -436,13 +437,22 @@ def test_an_output_where_nothing_may_be_written(prune, tiny: Tiny, tmp_path: Pat
     _assert_refused(result, "file/out .*Not a directory")
 
 
+def _raising(number: signal.Signals) -> Callable[..., None]:
+    """Return what sends a signal when it is first called: several threads write, and a second one would come late."""
+    first = threading.Lock()
+
+    def send(*arguments: object, **options: object) -> None:
+        if first.acquire(blocking=False):
+            signal.raise_signal(number)
+
+    return send
+
+
 @pytest.mark.parametrize("stage", ["calibrate", "write", "verify"])
 def test_ctrl_c_leaves_nothing_behind(
     prune, tiny: Tiny, tmp_path: Path, monkeypatch, stage: str
 ) -> None:
-    def interrupt(*arguments, **options):
-        signal.raise_signal(signal.SIGINT)
-
+    interrupt = _raising(signal.SIGINT)
     if stage == "calibrate":
         monkeypatch.setattr(calibration.ops, "expert_statistics", interrupt)
     elif stage == "write":
@@ -458,10 +468,7 @@ def test_ctrl_c_leaves_nothing_behind(
 
 
 def test_a_polite_kill_leaves_nothing_behind(prune, tiny: Tiny, monkeypatch) -> None:
-    def terminate(*arguments, **options):
-        signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(ShardWriter, "write", terminate)
+    monkeypatch.setattr(ShardWriter, "write", _raising(signal.SIGTERM))
     assert prune(tiny.directory).code == 128 + signal.SIGTERM
 
 
