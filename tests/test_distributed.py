@@ -6,9 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import sys
 import tempfile
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 
 import tenp
 from support.fixtures import Command, Tiny, files_of
-from support.processes import begin_fork
+from support.processes import run_in_fork
 from support.tiny_models import make_tokenizer, save_model
 from tenp import devices, execution, running
 from tenp.distributed import Group
@@ -44,26 +42,8 @@ def run_together(arguments: Sequence[object], processes: int = PROCESSES) -> lis
         for rank in range(processes):
             child = os.fork()
             if child == 0:
-                code = 1
-                try:
-                    silent = os.open(os.devnull, os.O_WRONLY)
-                    os.dup2(silent, 1)
-                    os.dup2(silent, 2)
-                    sys.stdout = sys.stderr = said
-                    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-                    begin_fork()
-                    sys.argv = ["tenp", *map(str, arguments)]
-                    from tenp.cli import main
-
-                    main()
-                    code = 0
-                except SystemExit as end:
-                    code = end.code if isinstance(end.code, int) else int(end.code is not None)
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    said.flush()
-                    os._exit(code)
+                os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+                run_in_fork(arguments, said.fileno())
             children.append(child)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         said.seek(0)

@@ -11,16 +11,14 @@ from __future__ import annotations
 import os
 import select
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.processes import begin_fork
+from support.processes import run_in_fork
 from tenp import applying, files, pipeline, running
-from tenp.cli import main
 from tenp.sequential import Narrowing
 
 #: What `tenp prune` does; with --sequential the first two come twice.
@@ -116,27 +114,10 @@ def _start(
     child = os.fork()
     if child == 0:
         os.close(read)
-        _child(arguments, lambda: prepare(write), errors)
+        said = os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        run_in_fork(arguments, said, lambda: prepare(write))
     os.close(write)
     return child, read
-
-
-def _child(arguments: Sequence[object], prepare: Callable[[], None], errors: str | Path) -> None:
-    code = 1
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        sys.stderr = os.fdopen(2, "w", closefd=False)
-        begin_fork()
-        prepare()
-        sys.argv = ["tenp", *map(str, arguments)]
-        main()
-        code = 0
-    except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
 
 
 def _count_changes(pipe: int, moment: int | None) -> None:
